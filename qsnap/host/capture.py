@@ -1,0 +1,301 @@
+"""Capturing one VM: prepare while it runs, stop it for the cut, resume it, and take in the rest of its state.
+
+The order inside the stop phase is the heart of qsnap: `stop`, one `transaction` for all disks, every tap onto the
+post-snapshot bridge, then the device state. Each engine (`Background`, `Precopy`) differs in what it does before
+the stop and in how it learns that the VM may run again. After any failure `abort` leaves the VM as it was found.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import trio
+from attrs import define, field, frozen
+
+from qsnap.errors import QemuError
+from qsnap.host.daemon import Daemon
+from qsnap.host.disks import DiskCut
+from qsnap.host.qmp import Qmp, QmpError
+from qsnap.model import Engine, Measurements
+
+DOWNTIME_LIMIT_MS = 1  #: below this much work left, precopy is as good as converged; it goes on until it is told
+STEP_TIMEOUT_S = 30.0  #: for every step that pauses a VM
+CONT_RETRY_S = 5.0  #: QEMU may refuse `cont` for a few ms after a migration ("not finalized yet")
+BACKGROUND_CAPABILITIES = frozenset({"background-snapshot", "events"})
+FD_NAME = "qsnap-stream"
+
+_CAPABILITIES = ("background-snapshot", "pause-before-switchover", "return-path", "switchover-ack", "events")
+
+
+@frozen
+class Precision:
+    """When a precopy counts as converged, and when it is given up as not converging."""
+
+    remaining_bytes: int = 16 << 20
+    iterations: int = 30
+    time_s: float = 10.0
+
+
+@frozen
+class Captured:
+    """What one capture yielded. Instants are QEMU's, seconds since the Unix epoch."""
+
+    receipt: dict[str, Any]
+    total_ms: float
+    iterations: int
+    last_iteration_pages: int
+    stop_instant_s: float
+    resume_instant_s: float
+
+    def measurements(self, directory: Path, memory_bytes: int) -> Measurements:
+        """The figures kept with the snapshot; `directory` holds the VM's RAM and device state."""
+        image_bytes = sum(path.stat().st_blocks * 512 for path in directory.iterdir())
+        return Measurements(
+            total_ms=self.total_ms,
+            iterations=self.iterations,
+            last_iteration_pages=self.last_iteration_pages,
+            stop_instant_s=self.stop_instant_s,
+            resume_instant_s=self.resume_instant_s,
+            downtime_ms=max(0.0, self.resume_instant_s - self.stop_instant_s) * 1e3,
+            image_bytes=image_bytes,
+            image_to_memory=image_bytes / memory_bytes,
+        )
+
+
+@define
+class Capture(ABC):
+    """One VM being captured: `prepare`, `stop`, `resume`, `complete`; or `abort` at any moment."""
+
+    qmp: Qmp
+    daemon: Daemon
+    disks: DiskCut
+    was_running: bool
+    move_taps: Callable[[], Awaitable[None]]
+    started_s: float = field(factory=trio.current_time)
+    stopped: bool = False
+    mark: int = 0  #: events before this index are from before the stop
+
+    engine: ClassVar[Engine]
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> frozenset[str]:
+        """The migration capabilities of this engine."""
+
+    async def prepare(self, stream_fd: int) -> None:
+        """Everything slow. `stream_fd` is handed to QEMU and closed here."""
+        try:
+            await set_capabilities(self.qmp, self.capabilities)
+            await self.qmp.execute("migrate-set-parameters", {"max-bandwidth": 0, "downtime-limit": DOWNTIME_LIMIT_MS})
+            await self.qmp.send_fd(FD_NAME, stream_fd)
+        finally:
+            os.close(stream_fd)
+        await self._begin()
+
+    async def stop(self) -> None:
+        """The VM's cut: stop it, redirect its disks, and make its taps post-snapshot."""
+        self.stopped = True
+        self.mark = len(self.qmp.events)
+        with trio.fail_after(STEP_TIMEOUT_S):
+            await self.qmp.execute_all(("stop", {}), *self.disks.commands())
+            await self.move_taps()
+
+    async def resume(self) -> None:
+        """Let the VM run on as soon as the state at the cut is safe. It stays paused if it was found paused."""
+        with trio.fail_after(STEP_TIMEOUT_S):
+            await self._release()
+
+    async def stop_and_resume(self) -> None:
+        """The cut of a VM that waits for no other."""
+        await self.stop()
+        await self.resume()
+
+    @abstractmethod
+    async def complete(self) -> Captured:
+        """Wait for the rest of the state and for the daemon's files."""
+
+    @abstractmethod
+    async def _begin(self) -> None: ...
+
+    @abstractmethod
+    async def _release(self) -> None: ...
+
+    async def abort(self) -> None:
+        """End the capture: no migration, and the VM running if it was found running."""
+        with trio.fail_after(STEP_TIMEOUT_S):
+            await _cancel_migration(self.qmp)
+            if self.stopped and self.was_running:
+                await cont(self.qmp)
+            await set_capabilities(self.qmp, frozenset())
+
+    async def _finish(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        await self._wait_migration("completed")
+        receipt = await self.daemon.wait_done()
+        info = await self.qmp.execute("query-migrate")
+        await set_capabilities(self.qmp, frozenset())
+        return receipt, info
+
+    async def _start_migration(self) -> None:
+        await self.qmp.execute("migrate", {"uri": f"fd:{FD_NAME}"})
+
+    async def _wait_migration(self, status: str) -> None:
+        """Wait for a migration status; a failed migration raises with the daemon's reason or else QEMU's."""
+        ends = (status, "failed", "cancelled")
+        event = await self.qmp.wait_event(
+            lambda event: event.name == "MIGRATION" and event.data["status"] in ends, since=self.mark
+        )
+        if event.data["status"] == status:
+            return
+        with trio.move_on_after(1.0):  # a daemon that died is the cause, and says more than QEMU's broken pipe
+            await self.daemon.wait_done()
+        info = await self.qmp.execute("query-migrate")
+        raise QemuError(
+            f"the {self.engine.value} migration {event.data['status']}: {info.get('error-desc', 'no reason given')}",
+            where=f"VM {self.qmp.vm}",
+        )
+
+    def _instant(self, name: str) -> float:
+        return next((event.instant_s for event in self.qmp.events[self.mark :] if event.name == name), 0.0)
+
+    def _has_resumed(self) -> bool:
+        return any(event.name == "RESUME" for event in self.qmp.events[self.mark :])
+
+
+@define
+class Background(Capture):
+    """Capability background-snapshot: RAM is write-protected and saved while the VM runs on.
+
+    The first RAM record after the setup section proves that the device state is taken and writes are tracked
+    (`bg_migration_thread`, migration/migration.c): from then on the VM may run. QEMU up to 8.x lets it run by
+    itself at that point, later ones keep a paused VM paused; what happens decides, not the version.
+    """
+
+    engine = Engine.BACKGROUND
+    capabilities = BACKGROUND_CAPABILITIES
+
+    async def _begin(self) -> None:
+        pass
+
+    async def _release(self) -> None:
+        await self._start_migration()
+        await self.daemon.wait_tracking()
+        if self.was_running and not self._has_resumed():
+            await cont(self.qmp)
+
+    async def complete(self) -> Captured:
+        receipt, _ = await self._finish()
+        return Captured(
+            receipt=receipt,
+            total_ms=(trio.current_time() - self.started_s) * 1e3,
+            iterations=1,
+            last_iteration_pages=receipt["data_pages"],
+            stop_instant_s=self._instant("STOP"),
+            resume_instant_s=self._instant("RESUME"),
+        )
+
+
+@define
+class Precopy(Capture):
+    """Precopy migration, iterating until it is told to end; then `stop`, and the little that is left.
+
+    From QEMU 8.1 on the switchover is held by never acknowledging it (`switchover-ack`) until the cut. Before,
+    QEMU stops a converged VM by itself and holds it (`pause-before-switchover`).
+    """
+
+    held: bool = True
+    precision: Precision = field(factory=Precision)
+    converged: bool = False
+
+    engine = Engine.PRECOPY
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        hold = {"return-path", "switchover-ack"} if self.held else {"pause-before-switchover"}
+        return frozenset({"events"} | hold)
+
+    async def _begin(self) -> None:
+        await self._start_migration()
+        deadline = trio.current_time() + self.precision.time_s
+        while trio.current_time() < deadline:
+            info = await self.qmp.execute("query-migrate")
+            if info["status"] in ("failed", "cancelled"):
+                await self._wait_migration("completed")
+            ram = info.get("ram", {})
+            passes = ram.get("dirty-sync-count", 0)
+            if info["status"] == "pre-switchover" or (
+                passes >= 2 and ram["remaining"] <= self.precision.remaining_bytes
+            ):
+                self.converged = True
+                return
+            if passes > self.precision.iterations:
+                return
+            await trio.sleep(0.005)
+
+    async def _release(self) -> None:
+        if self.held:
+            await self.daemon.acknowledge()
+        else:
+            await self._wait_migration("pre-switchover")
+            await self.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+        await self._wait_migration("completed")
+        if self.was_running:
+            await cont(self.qmp)
+
+    async def complete(self) -> Captured:
+        receipt, info = await self._finish()
+        ram = info["ram"]
+        return Captured(
+            receipt=receipt,
+            total_ms=(trio.current_time() - self.started_s) * 1e3,
+            iterations=ram["dirty-sync-count"],
+            last_iteration_pages=ram.get("downtime-bytes", 0) // ram["page-size"],
+            stop_instant_s=self._instant("STOP"),
+            resume_instant_s=self._instant("RESUME"),
+        )
+
+
+async def set_capabilities(qmp: Qmp, wanted: frozenset[str]) -> None:
+    """Set exactly these of the capabilities that qsnap uses. QEMU checks here whether it can do them."""
+    known = {row["capability"] for row in await qmp.execute("query-migrate-capabilities")}
+    states = [{"capability": name, "state": name in wanted} for name in _CAPABILITIES if name in known]
+    await qmp.execute("migrate-set-capabilities", {"capabilities": states})
+
+
+async def probe_background(qmp: Qmp) -> str:
+    """QEMU's reason not to do a background snapshot of this VM, or nothing. Changes nothing, pauses nothing."""
+    try:
+        await set_capabilities(qmp, BACKGROUND_CAPABILITIES)
+    except QmpError as error:
+        return error.reason
+    await set_capabilities(qmp, frozenset())
+    return await probe_migration(qmp)
+
+
+async def probe_migration(qmp: Qmp) -> str:
+    """QEMU's reasons not to migrate this VM at all, or nothing."""
+    info = await qmp.execute("query-migrate")
+    return "; ".join(info.get("blocked-reasons", ()))
+
+
+async def cont(qmp: Qmp) -> None:
+    """Let the VM run, retrying while QEMU says that a migration is not finalized yet."""
+    with trio.fail_after(CONT_RETRY_S):
+        while True:
+            try:
+                await qmp.execute("cont")
+                return
+            except QmpError as error:
+                if "finaliz" not in error.reason:
+                    raise
+            await trio.sleep(0.0005)
+
+
+async def _cancel_migration(qmp: Qmp) -> None:
+    await qmp.execute("migrate_cancel")
+    under_way = ("setup", "active", "device", "pre-switchover", "cancelling")
+    while (await qmp.execute("query-migrate")).get("status") in under_way:
+        await trio.sleep(0.002)

@@ -1,0 +1,135 @@
+"""The snapshot daemon as its parent sees it: one `qsnap.host.receiver` process per VM, and its messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+from attrs import define, field
+
+from qsnap.errors import HostError, QemuError, QsnapError, StreamError
+
+PIPE_BYTES = 1 << 20  #: the most a pipe may hold without a privilege (fs.pipe-max-size)
+
+
+@define
+class Daemon:
+    """A running receiver. Made by `open_daemon`; `stream_fd` is the end that QEMU writes to."""
+
+    vm: str
+    process: trio.Process
+    status: trio.SocketStream
+    on_bytes: Callable[[int], None]
+    tracking: trio.Event = field(factory=trio.Event)  #: set at the first RAM record: QEMU tracks writes by now
+    ended: trio.Event = field(factory=trio.Event)
+    result: dict[str, Any] = field(factory=dict)
+    failure: QsnapError | None = None
+
+    async def acknowledge(self) -> None:
+        """Let a held precopy switch over."""
+        await self.status.send_all(b'{"command":"ack"}\n')
+
+    async def wait_tracking(self) -> None:
+        """Return once QEMU has saved its devices and tracks writes. Raises what ended the daemon before that."""
+        await self.tracking.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    async def wait_done(self) -> dict[str, Any]:
+        """The daemon's last message, once everything is in its files. Raises what it failed with."""
+        await self.ended.wait()
+        if self.failure is not None:
+            raise self.failure
+        return self.result
+
+    async def listen(self) -> None:
+        """Take in the daemon's messages until it ends."""
+        buffer = b""
+        try:
+            while chunk := await self.status.receive_some(65536):
+                *lines, buffer = (buffer + chunk).split(b"\n")
+                for line in lines:
+                    self._take(json.loads(line))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # it died, or is no longer needed: the same as an end without a result
+        if not self.result and self.failure is None:
+            self.failure = QemuError("the receiver ended before the stream did", where=f"VM {self.vm}")
+        self.tracking.set()
+        self.ended.set()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        match message["event"]:
+            case "tracking":
+                self.tracking.set()
+            case "progress":
+                self.on_bytes(message["bytes"])
+            case "done":
+                self.result = message
+            case "error":
+                self.failure = _failure(message, self.vm)
+
+
+def _failure(message: dict[str, Any], vm: str) -> QsnapError:
+    text, where = message["message"], f"VM {vm}"
+    match message["kind"]:
+        case "stream":
+            return StreamError(text, stream_offset=message["stream_offset"], where=where)
+        case "space":
+            return HostError(f"the store is full: {text}", where=where, advice="Remove snapshots: qsnap rm VNE NAME")
+    return HostError(text, where=where)
+
+
+@asynccontextmanager
+async def open_daemon(
+    nursery: trio.Nursery,
+    directory: Path,
+    *,
+    vm: str,
+    backed: tuple[str, ...],
+    ram_limit_bytes: int,
+    return_path: bool,
+    on_bytes: Callable[[int], None],
+) -> AsyncIterator[tuple[Daemon, int]]:
+    """Start a receiver for one VM that writes into `directory`, and yield it with the descriptor for QEMU.
+
+    The caller closes its copy of that descriptor once QEMU has it. The process is gone when this ends.
+    """
+    ours, theirs = socket.socketpair()
+    stream_in, stream_out = _stream_pair(return_path)
+    options = [word for idstr in backed for word in ("--backed", idstr)]
+    command = [
+        *(sys.executable, "-m", "qsnap.host.receiver"),
+        *("--stream", str(stream_in), "--status", str(theirs.fileno()), "--directory", str(directory)),
+        *("--ram-limit", str(ram_limit_bytes), *options),
+        *(("--return-path",) if return_path else ()),
+    ]
+    fds = (stream_in, theirs.fileno())
+    try:
+        process = await trio.lowlevel.open_process(command, pass_fds=fds, stdin=subprocess.DEVNULL)
+    finally:
+        theirs.close()
+        os.close(stream_in)
+    daemon = Daemon(vm, process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)), on_bytes)
+    nursery.start_soon(daemon.listen)
+    try:
+        yield daemon, stream_out
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+            await daemon.status.aclose()
+
+
+def _stream_pair(return_path: bool) -> tuple[int, int]:
+    if not return_path:
+        return os.pipe()
+    ours, theirs = socket.socketpair()
+    return ours.detach(), theirs.detach()

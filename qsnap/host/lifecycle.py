@@ -1,0 +1,197 @@
+"""Bringing a VNE up from its description, looking at it, and taking it down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+
+import trio
+from attrs import evolve, frozen
+
+from qsnap.errors import StateError
+from qsnap.host import hugepages
+from qsnap.host.netns import remove_netns
+from qsnap.host.place import Place, Progress, exclusive, no_progress
+from qsnap.host.qemu import choose_accelerator, end_process, find_processes
+from qsnap.host.qmp import QemuGoneError, open_loop, open_qmp
+from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
+from qsnap.host.starting import DiskBase, Start, build_networks, describe, start_process
+from qsnap.host.store import Store
+from qsnap.host.tasks import one_error, run_all
+from qsnap.model import VM, VNE, Accelerator, Backing, Colour
+from qsnap.rules.command import AnonymousRam, MemfdRam, Ram, plan_hardware
+
+DEAD = "dead"  #: the state of a VM whose process has ended
+
+
+@frozen
+class VMStatus:
+    """One VM of a running VNE. `state` is QEMU's run state, or `dead`."""
+
+    name: str
+    state: str
+    pid: int
+    accelerator: Accelerator
+    qemu_version: tuple[int, int, int]
+    machine_type: str
+    memory_bytes: int
+    hugetlb: bool
+
+
+@frozen
+class VNEStatus:
+    """A VNE that was brought up. `netns` is the network namespace that holds its VMs and networks."""
+
+    name: str
+    netns: str
+    colour: Colour
+    store: str
+    vms: tuple[VMStatus, ...]
+
+
+async def up(vne: VNE, *, place: Place | None = None, progress: Progress = no_progress) -> VNEStatus:
+    """Start all VMs of a VNE in a network namespace of their own, and let them run together.
+
+    Raises StateError if it is up already. On any failure everything that was made is taken away again.
+    """
+    place = place or Place()
+    runtime = place.runtime()
+    async with exclusive(runtime, vne.name):
+        if vne.name in runtime.names():
+            raise StateError(f"VNE {vne.name} is up already, or was not taken down", advice=f"qsnap down {vne.name}")
+        live = LiveVNE(vne, str(place.store), f"qsnap-{vne.name}", Colour.RED, ())
+        try:
+            await _bring_up(live, runtime, progress)
+        except BaseException:
+            await take_down(vne.name, runtime)
+            raise
+        return await status(vne.name, place=place)
+
+
+async def _bring_up(live: LiveVNE, runtime: Runtime, progress: Progress) -> None:
+    runtime.save(live)
+    rams, added = _choose_rams(live.vne.vms)
+    live = evolve(live, huge_pages=added)
+    runtime.save(live)
+    await build_networks(live)
+    starts = [
+        Start(
+            vm=vm,
+            index=index,
+            hardware=plan_hardware(vm, accelerator := await choose_accelerator(vm.accelerator, vm.qemu)),
+            accelerator=accelerator,
+            ram=ram,
+            disks=tuple(DiskBase(disk.file, disk.format) for disk in vm.disks),
+        )
+        for index, (vm, ram) in enumerate(zip(live.vne.vms, rams, strict=True))
+    ]
+    vms = await run_all([partial(_start, live, runtime, start, progress) for start in starts])
+    live = evolve(live, vms=tuple(vms))
+    runtime.save(live)
+    await set_going(live, runtime)
+
+
+async def _start(live: LiveVNE, runtime: Runtime, start: Start, progress: Progress) -> LiveVM:
+    process, disks = await start_process(live, runtime, start)
+    async with open_qmp(runtime.qmp_path(live.vne.name, start.vm.name), vm=start.vm.name) as qmp:
+        started = await describe(qmp, start, process, disks)
+    progress("start", start.vm.name, 1, 1)
+    return started
+
+
+async def set_going(live: LiveVNE, runtime: Runtime) -> None:
+    """Let all VMs run, at the same moment as far as one host can."""
+    async with AsyncExitStack() as stack:
+        sessions = [
+            await stack.enter_async_context(open_qmp(runtime.qmp_path(live.vne.name, name), vm=name))
+            for name in (vm.vm.name for vm in live.vms)
+        ]
+        await run_all([partial(qmp.execute, "cont") for qmp in sessions])
+
+
+def _choose_rams(vms: Sequence[VM]) -> tuple[list[Ram], int]:
+    """RAM for each VM, and how many huge pages were added to the host's pool for those that asked for them."""
+    free = hugepages.free_pages()
+    asked = sum(hugepages.pages_for(vm.memory_bytes) for vm in vms if vm.backing is Backing.HUGETLB)
+    added = hugepages.reserve_pages(asked) if asked else 0
+    free = max(0, free - asked)
+    rams: list[Ram] = []
+    for vm in vms:
+        needed = hugepages.pages_for(vm.memory_bytes)
+        fits = vm.memory_bytes % hugepages.HUGE_PAGE_BYTES == 0 and needed <= free
+        match vm.backing:
+            case Backing.HUGETLB:
+                rams.append(MemfdRam(hugetlb=True))
+            case Backing.AUTO if fits:
+                free -= needed
+                rams.append(MemfdRam(hugetlb=True))
+            case Backing.MEMFD:
+                rams.append(MemfdRam(hugetlb=False))
+            case _:
+                rams.append(AnonymousRam())
+    return rams, added
+
+
+async def status(vne: str, *, place: Place | None = None) -> VNEStatus:
+    """The state of one VNE and its VMs. Raises StateError if it is not up."""
+    runtime = (place or Place()).runtime()
+    live = runtime.load(vne)
+    with one_error():
+        async with open_loop():
+            vms = await run_all([partial(_vm_status, vm, runtime, vne) for vm in live.vms])
+    return VNEStatus(vne, live.netns, live.active, live.store, tuple(vms))
+
+
+async def statuses(*, place: Place | None = None) -> tuple[VNEStatus, ...]:
+    """The state of every VNE that is up on this host."""
+    place = place or Place()
+    return tuple([await status(name, place=place) for name in place.runtime().names()])
+
+
+async def _vm_status(live: LiveVM, runtime: Runtime, vne: str) -> VMStatus:
+    return VMStatus(
+        name=live.vm.name,
+        state=await _run_state(live, runtime, vne),
+        pid=live.process.pid,
+        accelerator=live.accelerator,
+        qemu_version=live.qemu_version,
+        machine_type=live.machine_type,
+        memory_bytes=live.vm.memory_bytes,
+        hugetlb=live.hugetlb,
+    )
+
+
+async def _run_state(live: LiveVM, runtime: Runtime, vne: str) -> str:
+    if not live.process.is_alive():
+        return DEAD
+    try:
+        async with open_qmp(runtime.monitor_path(vne, live.vm.name), vm=live.vm.name, timeout_s=3.0) as qmp:
+            return str((await qmp.execute("query-status"))["status"])
+    except QemuGoneError:
+        return "not answering" if live.process.is_alive() else DEAD
+
+
+async def down(vne: str, *, place: Place | None = None) -> None:
+    """End a VNE: its VMs, networks, huge pages and every disk layer that no snapshot holds.
+
+    What its disks held since the last snapshot is lost. Raises StateError if it is not up.
+    """
+    runtime = (place or Place()).runtime()
+    async with exclusive(runtime, vne):
+        runtime.load(vne)
+        await take_down(vne, runtime)
+
+
+async def take_down(vne: str, runtime: Runtime) -> None:
+    """Take away all that a VNE has on this host, whatever of it there is. The caller holds its lock."""
+    with trio.CancelScope(shield=True):
+        live = runtime.load(vne)
+        marks = [runtime.qmp_path(vne, vm.name) for vm in live.vne.vms]
+        processes = {vm.process for vm in live.vms} | set(find_processes(marks))
+        await run_all([partial(end_process, process) for process in processes])
+        await remove_netns(live.netns)
+        hugepages.give_back_pages(live.huge_pages)
+        await Store(Path(live.store)).collect(vne, in_use=())
+        runtime.forget(vne)

@@ -1,0 +1,61 @@
+"""Where qsnap keeps things on this host, and how it tells of its progress."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from attrs import field, frozen
+
+from qsnap.host.qmp import open_loop
+from qsnap.host.runtime import Runtime
+from qsnap.host.store import Store
+from qsnap.host.tasks import one_error
+
+Progress = Callable[[str, str, int, int], None]
+"""Called as `progress(stage, vm, done, total)`, in bytes or in steps; `total` is 0 where it is not known."""
+
+
+def no_progress(stage: str, vm: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def default_run_dir() -> Path:
+    """`/run/qsnap` for root, else a directory of the user's own."""
+    if os.geteuid() == 0:
+        return Path("/run/qsnap")
+    return Path(os.environ.get("XDG_RUNTIME_DIR", f"/tmp/qsnap-{os.geteuid()}")) / "qsnap"
+
+
+def default_store_dir() -> Path:
+    """`/var/lib/qsnap` for root, else below the user's data directory."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/qsnap")
+    return Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local/share")) / "qsnap"
+
+
+@frozen
+class Place:
+    """The directory of running VNEs and the directory of snapshots. A running VNE keeps the store it came up with."""
+
+    run: Path = field(factory=default_run_dir, converter=Path)
+    store: Path = field(factory=default_store_dir, converter=Path)
+
+    def runtime(self) -> Runtime:
+        """What runs here."""
+        return Runtime(self.run)
+
+    def snapshots(self) -> Store:
+        """What was saved here."""
+        return Store(self.store)
+
+
+@asynccontextmanager
+async def exclusive(runtime: Runtime, vne: str) -> AsyncIterator[None]:
+    """One operation on a VNE: nobody else is at work on it, there is a loop for QMP, and it fails with one error."""
+    with one_error():
+        async with open_loop():
+            with runtime.locked(vne):
+                yield

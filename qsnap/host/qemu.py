@@ -1,0 +1,200 @@
+"""QEMU processes: starting one inside a namespace, knowing whether it lives, ending it.
+
+A VM outlives the qsnap that started it. It is known by its process id and start time, so that a process id used
+again is never taken for it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from subprocess import DEVNULL
+
+import trio
+from attrs import frozen
+
+from qsnap.errors import HostError, QemuError
+from qsnap.model import Accelerator
+
+KVM_PROBE_TIMEOUT_S = 15.0
+
+# mov ax, 10h; mov dx, 501h; out dx, ax; hlt: ends QEMU with status 2 * 0x10 + 1 through isa-debug-exit
+_PROBE_CODE = bytes((0xB8, 0x10, 0x00, 0xBA, 0x01, 0x05, 0xEF, 0xF4))
+_PROBE_SECTOR = _PROBE_CODE.ljust(510, b"\0") + b"\x55\xaa"
+_PROBE_STATUS = 2 * 0x10 + 1
+
+
+@frozen
+class Process:
+    """A running process: its id, and its start in clock ticks since boot (`/proc/PID/stat`, field 22)."""
+
+    pid: int
+    start_ticks: int
+
+    def is_alive(self) -> bool:
+        """Whether this very process still runs. A zombie does not."""
+        state, start_ticks = _state_of(self.pid)
+        return state not in ("", "Z", "X") and start_ticks == self.start_ticks
+
+
+def find_program(name: str) -> str:
+    """The absolute path of a program. Raises HostError with the package to install."""
+    path = shutil.which(name)
+    if path is None:
+        package = "qemu-utils" if "qemu-img" in name else "qemu-system-x86"
+        raise HostError(f"{name} is not installed", advice=f"Install it: apt install {package}")
+    return os.path.abspath(path)
+
+
+async def start_qemu(command: list[str], *, netns: str, directory: str, vm: str, fds: Iterable[int] = ()) -> Process:
+    """Start QEMU in the namespace mounted at `netns`, and wait until its QMP socket answers.
+
+    Its output goes to `qemu.log` in `directory`; the descriptors `fds` are inherited under their numbers.
+    Raises QemuError with QEMU's own words if it ends at once.
+    """
+    log = os.path.join(directory, "qemu.log")
+    argv = ["nsenter", f"--net={netns}", "--", find_program(command[0]), *command[1:]]
+    pid = _spawn(argv, log, tuple(fds))
+    process = Process(pid, _state_of(pid)[1])
+    try:
+        await _wait_for_socket(process, os.path.join(directory, "qmp.sock"), log, vm)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await end_process(process)
+        raise
+    return process
+
+
+def _spawn(argv: list[str], log: str, fds: tuple[int, ...]) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    actions: list[tuple[object, ...]] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, log, flags, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+        *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in fds),  # onto itself: inherited
+    ]
+    return os.posix_spawn(find_program(argv[0]), argv, os.environ, file_actions=actions, setsid=True)
+
+
+async def _wait_for_socket(process: Process, path: str, log: str, vm: str) -> None:
+    while not os.path.exists(path):
+        if not process.is_alive():
+            reap(process)
+            words = last_words(Path(log))
+            raise QemuError(f"QEMU did not start: {words}", where=f"VM {vm}", advice=f"See {log}")
+        await trio.sleep(0.002)
+
+
+def last_words(log: Path) -> str:
+    """The last lines that QEMU wrote to its log, on one line."""
+    return " / ".join(log.read_text(errors="replace").strip().splitlines()[-4:])
+
+
+async def end_process(process: Process) -> None:
+    """Kill the process and wait until it is gone. Nothing happens where it is gone already."""
+    with _pidfd(process) as fd:
+        if fd is not None:
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            await trio.lowlevel.wait_readable(fd)
+    reap(process)
+
+
+async def wait_ended(process: Process) -> None:
+    """Return when the process has ended."""
+    with _pidfd(process) as fd:
+        if fd is not None:
+            await trio.lowlevel.wait_readable(fd)
+
+
+def find_processes(marks: Sequence[str]) -> list[Process]:
+    """The processes with one of these texts on their command line, such as the path of a VM's QMP socket."""
+    wanted = [os.fsencode(mark) for mark in marks]
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            line = entry.read_bytes()
+            if any(mark in line for mark in wanted):
+                pid = int(entry.parent.name)
+                found.append(Process(pid, _state_of(pid)[1]))
+    return found
+
+
+def reap(process: Process) -> None:
+    """Take the exit status of an ended child, if it was a child of ours."""
+    with suppress(ChildProcessError):
+        os.waitpid(process.pid, os.WNOHANG)
+
+
+@contextmanager
+def _pidfd(process: Process) -> Iterator[int | None]:
+    try:
+        fd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        yield None
+        return
+    try:  # opened first, looked at second: from here on the id cannot mean another process
+        yield fd if process.is_alive() else None
+    finally:
+        os.close(fd)
+
+
+def _state_of(pid: int) -> tuple[str, int]:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", 0
+    return fields[0], int(fields[19])
+
+
+async def program_version(qemu: str) -> tuple[int, int, int]:
+    """The version of a QEMU program, as it says itself."""
+    done = await trio.run_process([find_program(qemu), "--version"], capture_stdout=True, check=False)
+    found = re.search(rb"version (\d+)\.(\d+)\.(\d+)", done.stdout)
+    if not found:
+        raise HostError(f"{qemu} --version does not tell a version", advice="Name a QEMU program.")
+    major, minor, micro = map(int, found.groups())
+    return major, minor, micro
+
+
+async def choose_accelerator(wish: Accelerator, qemu: str) -> Accelerator:
+    """KVM where it really runs guest code, else TCG. A KVM that was asked for and does not work raises HostError."""
+    if wish is Accelerator.TCG:
+        return wish
+    if await kvm_works(qemu):
+        return Accelerator.KVM
+    if wish is Accelerator.KVM:
+        raise HostError(
+            "KVM does not run a guest here",
+            where="/dev/kvm",
+            advice='Set accelerator = "tcg" or "auto"; or enable virtualisation and access to /dev/kvm.',
+        )
+    return Accelerator.TCG
+
+
+async def kvm_works(qemu: str) -> bool:
+    """Whether a boot sector runs under KVM. That /dev/kvm opens is no proof."""
+    if not may_open_kvm():
+        return False
+    with tempfile.NamedTemporaryFile(prefix="qsnap-kvm-") as sector:
+        sector.write(_PROBE_SECTOR)
+        sector.flush()
+        command = [
+            *(find_program(qemu), "-accel", "kvm", "-cpu", "host", "-m", "32", "-nodefaults", "-display", "none"),
+            *("-no-reboot", "-device", "isa-debug-exit,iobase=0x501,iosize=2"),
+            *("-drive", f"file={sector.name},format=raw,if=ide"),
+        ]
+        with trio.move_on_after(KVM_PROBE_TIMEOUT_S):
+            done = await trio.run_process(command, check=False, stdout=DEVNULL, stderr=DEVNULL)
+            return done.returncode == _PROBE_STATUS
+    return False
+
+
+def may_open_kvm() -> bool:
+    """Whether /dev/kvm may be opened at all."""
+    return os.access("/dev/kvm", os.R_OK | os.W_OK)

@@ -1,0 +1,172 @@
+"""The QMP conversation with one QEMU, for trio.
+
+`qemu.qmp` is asyncio, so it runs inside a trio-asyncio loop (`open_loop`). Commands that belong to one stop phase
+are sent back to back with `execute_all`: a round trip costs about a millisecond, and the VM is paused meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import trio
+import trio_asyncio
+from attrs import frozen
+from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp.protocol import StateError as QmpStateError
+
+from qsnap.errors import QemuError
+
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it would log is raised here as well
+
+REFUSED_FOR_S = 1.0
+Command = tuple[str, Mapping[str, object]]
+
+
+class QmpError(QemuError):
+    """QEMU answered a command with an error. `reason` is QEMU's own text."""
+
+    def __init__(self, command: str, reason: str, *, vm: str) -> None:
+        super().__init__(f"{command}: {reason}", where=f"VM {vm}")
+        self.command = command
+        self.reason = reason
+
+
+class QemuGoneError(QemuError):
+    """The connection ended: QEMU exited, was killed, or closed its QMP socket."""
+
+
+@frozen
+class QmpEvent:
+    """An event as QEMU sent it; `instant_s` is QEMU's own time stamp, seconds since the Unix epoch."""
+
+    name: str
+    data: Mapping[str, Any]
+    instant_s: float
+
+
+@asynccontextmanager
+async def open_loop() -> AsyncIterator[None]:
+    """An asyncio loop for everything inside; nothing is opened where one runs already."""
+    if trio_asyncio.current_loop.get() is not None:
+        yield
+        return
+    async with trio_asyncio.open_loop():
+        yield
+
+
+class Qmp:
+    """A connected QMP session. Made by `open_qmp`."""
+
+    def __init__(self, client: QMPClient, vm: str) -> None:
+        self.vm = vm
+        self.events: list[QmpEvent] = []
+        self._client = client
+        self._changed = trio.Event()
+        self._lost = False
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """Run one command and return its value. Raises QmpError, or QemuGoneError when QEMU ends meanwhile."""
+        (answer,) = await self.execute_all((command, arguments or {}))
+        return answer
+
+    async def execute_all(self, *commands: Command) -> list[Any]:
+        """Send the commands back to back, and return their values in order.
+
+        QEMU runs every command even if one before it fails; the first failure is raised when all have answered.
+        """
+        answers: list[Any] = await trio_asyncio.aio_as_trio(self._gather)(commands)
+        for (command, _), answer in zip(commands, answers, strict=True):
+            if isinstance(answer, BaseException):
+                raise self._translated(command, answer) from answer
+        return answers
+
+    async def _gather(self, commands: tuple[Command, ...]) -> list[Any]:
+        # asyncio starts tasks in the order they were made, so the commands leave in order
+        calls = (self._client.execute(command, arguments or None) for command, arguments in commands)
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    def _translated(self, command: str, error: BaseException) -> BaseException:
+        match error:
+            case ExecuteError():
+                return QmpError(command, str(error), vm=self.vm)
+            case ExecInterruptedError() | QmpStateError() | OSError() | EOFError():
+                return QemuGoneError(f"QEMU ended during {command}", where=f"VM {self.vm}")
+        return error
+
+    async def send_fd(self, name: str, fd: int) -> None:
+        """Hand a copy of `fd` to QEMU, which knows it as `name` from then on (`getfd`)."""
+        try:
+            await trio_asyncio.aio_as_trio(self._send_fd)(fd)
+        except (OSError, QMPError) as error:
+            raise QemuGoneError("QEMU ended before it was given a file", where=f"VM {self.vm}") from error
+        await self.execute("getfd", {"fdname": name})
+
+    async def _send_fd(self, fd: int) -> None:
+        self._client.send_fd_scm(fd)
+
+    async def wait_event(self, matches: Callable[[QmpEvent], bool], *, since: int = 0) -> QmpEvent:
+        """The first event from index `since` of `events` on that matches; waits for it if it is yet to come."""
+        position = since
+        while True:
+            for event in self.events[position:]:
+                if matches(event):
+                    return event
+            position = len(self.events)
+            if self._lost:
+                raise QemuGoneError("QEMU ended", where=f"VM {self.vm}")
+            await self._changed.wait()
+
+    def _note(self, message: Mapping[str, Any]) -> bool:
+        stamp = message["timestamp"]
+        instant_s = stamp["seconds"] + stamp["microseconds"] / 1e6
+        self.events.append(QmpEvent(message["event"], message.get("data", {}), instant_s))
+        self._wake()
+        return False  # noted here: nothing is to be queued in the listener
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _watch(self) -> None:
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
+        self._lost = True
+        self._wake()
+
+
+@asynccontextmanager
+async def open_qmp(path: str, *, vm: str, timeout_s: float = 10.0) -> AsyncIterator[Qmp]:
+    """Connect to the QMP socket at `path`. A socket that does not answer in time raises QemuGoneError."""
+    client = QMPClient(vm)
+    qmp = Qmp(client, vm)
+    listener = EventListener(event_filter=qmp._note)
+    client.register_listener(listener)
+    try:
+        with trio.fail_after(timeout_s):
+            await _connect(client, path)
+    except (trio.TooSlowError, QMPError, OSError) as error:
+        raise QemuGoneError(f"QEMU does not answer on {path} ({error})", where=f"VM {vm}") from error
+    watch = trio_asyncio.current_loop.get().create_task(qmp._watch())
+    try:
+        yield qmp
+    finally:
+        watch.cancel()
+        with trio.CancelScope(shield=True), suppress(Exception):  # it may have ended already, in any way
+            await trio_asyncio.aio_as_trio(client.disconnect)()
+
+
+async def _connect(client: QMPClient, path: str) -> None:
+    """Connect; QEMU binds its socket a moment before it listens, so a refusal is believed only after a while."""
+    patience = trio.current_time() + REFUSED_FOR_S
+    while True:
+        try:
+            await trio_asyncio.aio_as_trio(client.connect)(path)
+            return
+        except ConnectError as error:
+            if not isinstance(error.exc, ConnectionRefusedError) or trio.current_time() > patience:
+                raise
+        await trio.sleep(0.001)

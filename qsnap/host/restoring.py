@@ -1,0 +1,263 @@
+"""Restoring a saved VNE: every VM is loaded and paused, then all run on together."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, ExitStack, suppress
+from functools import partial
+from pathlib import Path
+
+import trio
+from attrs import define, evolve, field, frozen
+
+from qsnap.errors import HostError, IntegrityError, QemuError, StateError
+from qsnap.host import hugepages
+from qsnap.host.lifecycle import take_down
+from qsnap.host.place import Place, Progress, exclusive, no_progress
+from qsnap.host.qemu import kvm_works, last_words, program_version
+from qsnap.host.qmp import Qmp, open_qmp
+from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
+from qsnap.host.starting import DiskBase, Start, build_networks, describe, start_process
+from qsnap.host.store import Store
+from qsnap.host.tasks import run_all
+from qsnap.model import Accelerator, Colour, DiskImage, RamMode, Snapshot, StoredFile, VMSnapshot, version_text
+from qsnap.rules.command import RAM_ID, FilledRam, MappedRam, Ram
+from qsnap.rules.engine import Version, precopy_is_safe
+
+ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}  #: ms; as QEMU does after a migration
+LOAD_TIMEOUT_S = 120.0
+
+
+@frozen
+class RestoreReport:
+    """What a restore did. `ready_ms` is from the call to the moment all VMs ran; `ram` says how they got their RAM."""
+
+    snapshot: Snapshot
+    ready_ms: float
+    ram: dict[str, str]
+
+
+async def restore(
+    vne: str,
+    name: str,
+    *,
+    ram: RamMode = RamMode.AUTO,
+    qemu: str | None = None,
+    paused: bool = False,
+    place: Place | None = None,
+    progress: Progress = no_progress,
+) -> RestoreReport:
+    """Start the VNE again as it was when `name` was saved. `qemu` replaces the program the snapshot names.
+
+    With `paused` the VMs are loaded and not let run. Raises StateError while the VNE runs, IntegrityError naming
+    the first altered file; whatever fails, nothing stays behind.
+    """
+    started_s = trio.current_time()
+    place = place or Place()
+    runtime = place.runtime()
+    async with exclusive(runtime, vne):
+        store = place.snapshots()
+        await store.load(vne, name)  # an unknown name is refused before anything is cleared away
+        await _clear_the_way(vne, runtime)
+        saved = await store.check_quick(vne, name)
+        _check_bases(saved)
+        restoring = _Restoring(saved, store, runtime, ram, qemu, progress)
+        try:
+            await restoring.run(paused)
+        except BaseException:
+            await take_down(vne, runtime)
+            raise
+    return RestoreReport(saved, (trio.current_time() - started_s) * 1e3, restoring.how)
+
+
+async def _clear_the_way(vne: str, runtime: Runtime) -> None:
+    """Take away what is left of a dead VNE. Raises StateError if any of its VMs lives."""
+    if vne not in runtime.names():
+        return
+    alive = [vm.vm.name for vm in runtime.load(vne).vms if vm.process.is_alive()]
+    if alive:
+        raise StateError(f"VNE {vne} is running ({', '.join(alive)})", advice=f"Take it down first: qsnap down {vne}")
+    await take_down(vne, runtime)
+
+
+def _check_bases(saved: Snapshot) -> None:
+    """Raise IntegrityError if a base image is not the file that the layers were made on."""
+    for vm in saved.vms:
+        for disk in vm.disks:
+            try:
+                now = os.stat(disk.base)
+            except OSError as error:
+                raise IntegrityError(f"base image of VM {vm.vm.name}: {error.strerror}", file=disk.base) from error
+            if (now.st_size, now.st_mtime_ns) != (disk.base_size_bytes, disk.base_mtime_ns):
+                raise IntegrityError(
+                    f"the base image of VM {vm.vm.name} was changed after the snapshot",
+                    file=disk.base,
+                    advice="Put back the image that the VNE was started with, modification time included.",
+                )
+
+
+@define
+class _Restoring:
+    """A restore under way. `how` tells for each VM how it gets its RAM."""
+
+    saved: Snapshot
+    store: Store
+    runtime: Runtime
+    mode: RamMode
+    qemu: str | None
+    progress: Progress
+    version: Version | None = None  # of the program that replaces the saved one
+    how: dict[str, str] = field(factory=dict)
+    sessions: AsyncExitStack = field(factory=AsyncExitStack)
+
+    async def run(self, paused: bool) -> None:
+        vne = self.saved.vne
+        live = LiveVNE(vne, str(self.store.root), f"qsnap-{vne.name}", Colour.RED, ())
+        self.runtime.save(live)
+        await self._check_accelerators()
+        if self.qemu:
+            self.version = await program_version(self.qemu)
+        await build_networks(live)
+        async with self.sessions:
+            calls = [partial(self._load, live, index, vm) for index, vm in enumerate(self.saved.vms)]
+            loaded = await run_all(calls)
+            self.runtime.save(evolve(live, vms=tuple(vm for vm, _ in loaded)))
+            if not paused:
+                running = [qmp for (_, qmp), vm in zip(loaded, self.saved.vms, strict=True) if vm.was_running]
+                await run_all([partial(run_on, qmp) for qmp in running])
+
+    async def _check_accelerators(self) -> None:
+        for vm in self.saved.vms:
+            qemu = self.qemu or vm.vm.qemu
+            if vm.accelerator is Accelerator.KVM and not await kvm_works(qemu):
+                raise HostError(
+                    "it was saved under KVM, which does not run guests here",
+                    where=f"VM {vm.vm.name}",
+                    advice="Restore it on a host with KVM.",
+                )
+
+    async def _load(self, live: LiveVNE, index: int, saved: VMSnapshot) -> tuple[LiveVM, Qmp]:
+        vm = evolve(saved.vm, qemu=self.qemu or saved.vm.qemu)
+        with ExitStack() as fds:
+            ram = await self._provide_ram(saved, fds)
+            disks = tuple(self._base(disk) for disk in saved.disks)
+            start = Start(vm, index, saved.hardware, saved.accelerator, ram, disks, incoming=True)
+            process, layers = await start_process(live, self.runtime, start)
+        path = self.runtime.qmp_path(live.vne.name, vm.name)
+        qmp = await self.sessions.enter_async_context(open_qmp(path, vm=vm.name))
+        described = await describe(qmp, start, process, layers)
+        try:
+            await feed(qmp, self._stored(saved.device_stream))
+        except QemuError as error:
+            log = self.runtime.vm_directory(live.vne.name, vm.name) / "qemu.log"
+            raise QemuError(
+                f"QEMU does not load the state: {last_words(log) or error.message}",
+                where=f"VM {vm.name}",
+                advice=f"It was saved by QEMU {version_text(saved.qemu_version)}; that one or a newer one is needed.",
+            ) from error
+        self.progress("load", vm.name, 1, 1)
+        return described, qmp
+
+    def _stored(self, file: StoredFile) -> Path:
+        return self.store.root / self.saved.vne.name / file.path
+
+    def _base(self, disk: DiskImage) -> DiskBase:
+        return DiskBase(disk.base, disk.base_format, tuple(str(self._stored(layer)) for layer in disk.layers))
+
+    async def _provide_ram(self, saved: VMSnapshot, fds: ExitStack) -> Ram:
+        block = next(block for block in saved.ram if block.idstr == RAM_ID)
+        path = self._stored(block.file)
+        eager, why = choose_ram(self.mode, saved.accelerator, self.version or saved.qemu_version, path)
+        self.how[saved.vm.name] = why
+        if not eager:
+            return MappedRam(str(path))
+        fd = make_memory(block.used_length)
+        fds.callback(os.close, fd)
+        await trio.to_thread.run_sync(fill_memory, fd, path, block.used_length)
+        return FilledRam(fd)
+
+
+async def feed(qmp: Qmp, stream: Path) -> None:
+    """Load a device stream into a QEMU that waits for one, and wait until it has taken all of it."""
+    inlet, outlet = os.pipe()
+    try:
+        await qmp.send_fd("qsnap-device-stream", inlet)
+    finally:
+        os.close(inlet)
+    with trio.fail_after(LOAD_TIMEOUT_S):
+        await run_all([partial(_load_stream, qmp), partial(trio.to_thread.run_sync, _pour, stream, outlet)])
+
+
+async def _load_stream(qmp: Qmp) -> None:
+    capabilities = [{"capability": "events", "state": True}]
+    await qmp.execute_all(
+        ("migrate-set-capabilities", {"capabilities": capabilities}),
+        ("migrate-incoming", {"uri": "fd:qsnap-device-stream"}),
+    )
+    ends = ("completed", "failed")
+    event = await qmp.wait_event(lambda event: event.name == "MIGRATION" and event.data["status"] in ends)
+    if event.data["status"] == "failed":
+        raise QemuError("the incoming migration failed", where=f"VM {qmp.vm}")
+
+
+def _pour(stream: Path, outlet: int) -> None:
+    with stream.open("rb") as source, open(outlet, "wb", buffering=0) as sink, suppress(BrokenPipeError):
+        shutil.copyfileobj(source, sink, 1 << 20)
+
+
+async def run_on(qmp: Qmp) -> None:
+    """Let a restored VM run, and have it tell the network where it is."""
+    await qmp.execute_all(("cont", {}), ("announce-self", ANNOUNCE))
+
+
+def choose_ram(mode: RamMode, accelerator: Accelerator, version: Version, path: Path) -> tuple[bool, str]:
+    """Whether RAM is copied before the guest runs, and why.
+
+    RAM mapped from a file on disk cannot be write-protected, so such a VM can next be saved by precopy only; where
+    that is unsafe it gets RAM of its own.
+    """
+    if mode is not RamMode.AUTO:
+        return mode is RamMode.EAGER, "asked for"
+    if precopy_is_safe(version, accelerator) or is_memory_file(path):
+        return False, "mapped from the flat file, copy-on-write"
+    return True, "copied: mapped from a disk, this QEMU could not save it again (precopy under TCG needs 9.0)"
+
+
+def is_memory_file(path: Path) -> bool:
+    """Whether the file is on tmpfs, whose pages can be write-protected."""
+    device = path.stat().st_dev
+    mounts = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    return any(
+        fields[2] == f"{os.major(device)}:{os.minor(device)}" and fields[fields.index("-") + 1] == "tmpfs"
+        for fields in mounts
+    )
+
+
+def make_memory(size_bytes: int) -> int:
+    """A memfd of this size, in huge pages where enough of them are free."""
+    huge = size_bytes % hugepages.HUGE_PAGE_BYTES == 0
+    huge = huge and hugepages.pages_for(size_bytes) <= hugepages.free_pages()
+    fd = os.memfd_create("qsnap-ram", os.MFD_CLOEXEC | (os.MFD_HUGETLB if huge else 0))
+    os.ftruncate(fd, size_bytes)
+    return fd
+
+
+def fill_memory(fd: int, path: Path, size_bytes: int) -> None:
+    """Copy the data of a sparse flat file to the same offsets of a memfd; holes stay zero."""
+    with path.open("rb") as file, mmap.mmap(fd, size_bytes) as memory:
+        for start, end in data_extents(file.fileno(), size_bytes):
+            file.seek(start)
+            file.readinto(memoryview(memory)[start:end])  # huge pages take no write(2)
+
+
+def data_extents(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the parts of a sparse file that are not holes."""
+    end = 0
+    with suppress(OSError):  # ENXIO: no data up to the end
+        while end < size_bytes:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+            yield start, end

@@ -1,0 +1,160 @@
+"""What is known about running VNEs: one directory each, with a state file, a lock, sockets and logs.
+
+`<root>/<vne>/vne.json` is replaced as a whole after every change; `<root>/<vne>/<vm>/` holds `qmp.sock` (qsnap's),
+`monitor.sock` (anybody's), `console.sock`, `console.log` and `qemu.log`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cattrs
+from attrs import frozen
+from cattrs.preconf.json import make_converter
+
+from qsnap.errors import BusyError, HostError, StateError
+from qsnap.host.qemu import Process
+from qsnap.model import VM, VNE, Accelerator, Colour
+
+LONGEST_SOCKET_PATH = 107  #: sun_path less its final NUL (sys/un.h)
+_converter = make_converter()
+
+
+@frozen
+class LiveDisk:
+    """A disk of a running VM: the block node on top, and its qcow2 layers by absolute path, newest first."""
+
+    node: str
+    layers: tuple[str, ...]
+
+
+@frozen
+class LiveVM:
+    """A VM that qsnap started, and what it needs to know to capture it."""
+
+    vm: VM
+    process: Process
+    hardware: tuple[str, ...]
+    machine_type: str
+    accelerator: Accelerator
+    qemu_version: tuple[int, int, int]
+    hugetlb: bool
+    disks: tuple[LiveDisk, ...]
+
+
+@frozen
+class LiveVNE:
+    """A VNE that was brought up. `huge_pages` were added to the host's pool for it, to be given back."""
+
+    vne: VNE
+    store: str
+    netns: str
+    active: Colour
+    vms: tuple[LiveVM, ...]
+    huge_pages: int = 0
+
+    def layers_in_use(self) -> tuple[str, ...]:
+        """All disk layers that a VM has open, relative to the VNE's directory in the store."""
+        paths = (path for live in self.vms for disk in live.disks for path in disk.layers)
+        return tuple(f"disks/{os.path.basename(path)}" for path in paths)
+
+    def find(self, vm: str) -> LiveVM:
+        """The VM of this name. Raises StateError with the names there are."""
+        for live in self.vms:
+            if live.vm.name == vm:
+                return live
+        names = ", ".join(live.vm.name for live in self.vms)
+        raise StateError(f"VNE {self.vne.name} has no VM {vm}", advice=f"It has: {names}")
+
+
+@frozen
+class Runtime:
+    """The directory of all VNEs that run on this host for this user."""
+
+    root: Path
+
+    def directory(self, vne: str) -> Path:
+        """Where a VNE's state, sockets and logs are."""
+        return self.root / vne
+
+    def vm_directory(self, vne: str, vm: str) -> Path:
+        """Where a VM's sockets and logs are. Raises HostError if its socket paths would be too long."""
+        directory = self.directory(vne) / vm
+        if len(os.fsencode(directory / "console.sock")) > LONGEST_SOCKET_PATH:
+            raise HostError(
+                "the path of a socket in it would be longer than the kernel allows",
+                where=str(directory),
+                advice="Choose a shorter --run-dir or a shorter name.",
+            )
+        return directory
+
+    def qmp_path(self, vne: str, vm: str) -> str:
+        """The QMP socket that qsnap alone uses; QEMU serves one client at a time on it."""
+        return str(self.vm_directory(vne, vm) / "qmp.sock")
+
+    def monitor_path(self, vne: str, vm: str) -> str:
+        """A second QMP socket, for looking on while qsnap is at work."""
+        return str(self.vm_directory(vne, vm) / "monitor.sock")
+
+    def console_path(self, vne: str, vm: str) -> str:
+        """The socket of the VM's serial console."""
+        return str(self.vm_directory(vne, vm) / "console.sock")
+
+    def make_vm_directory(self, vne: str, vm: str) -> Path:
+        """An empty directory for a VM about to start."""
+        directory = self.vm_directory(vne, vm)
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True, mode=0o700)
+        return directory
+
+    def names(self) -> list[str]:
+        """The VNEs that were brought up and not taken down."""
+        return sorted(path.parent.name for path in self.root.glob("*/vne.json"))
+
+    def load(self, vne: str) -> LiveVNE:
+        """The state of a VNE. Raises StateError if it was not brought up, HostError if the file is damaged."""
+        path = self.directory(vne) / "vne.json"
+        try:
+            return _converter.loads(path.read_bytes(), LiveVNE)
+        except FileNotFoundError as error:
+            up = ", ".join(self.names()) or "none"
+            raise StateError(f"VNE {vne} is not up", advice=f"Up are: {up}. See `qsnap ps`.") from error
+        except (json.JSONDecodeError, cattrs.BaseValidationError, UnicodeDecodeError) as error:
+            raise HostError("this state file is damaged", where=str(path), advice=f"qsnap down {vne}") from error
+
+    def save(self, live: LiveVNE) -> None:
+        """Replace the state file as a whole."""
+        path = self.directory(live.vne.name) / "vne.json"
+        path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(_converter.dumps(live, indent=1))
+        fresh.replace(path)
+
+    def forget(self, vne: str) -> None:
+        """Remove all that is kept about a VNE."""
+        shutil.rmtree(self.directory(vne), ignore_errors=True)
+
+    @contextmanager
+    def locked(self, vne: str) -> Iterator[None]:
+        """Keep every other qsnap away from this VNE. Raises BusyError at once if one is at work on it."""
+        try:
+            self.root.mkdir(parents=True, mode=0o700, exist_ok=True)
+            fd = os.open(self.root / f"{vne}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            advice = "Run qsnap as root, or choose another --run-dir."
+            raise HostError(error.strerror or str(error), where=str(self.root), advice=advice) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise BusyError(
+                "another qsnap is at work on it", where=f"VNE {vne}", advice="Wait for it to end and try again."
+            ) from error
+        finally:
+            os.close(fd)

@@ -1,0 +1,278 @@
+"""Saving a running VNE: prepare every VM, one consistent cut, then a commit that holds for all or leaves no trace."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, suppress
+from functools import partial
+from pathlib import Path
+
+import trio
+from attrs import define, evolve, field, frozen
+
+from qsnap.errors import QsnapError, StateError
+from qsnap.host.bridges import Links, open_links
+from qsnap.host.capture import Background, Capture, Precopy, probe_background, probe_migration
+from qsnap.host.daemon import open_daemon
+from qsnap.host.disks import DiskCut, Overlay, create_overlay
+from qsnap.host.place import Place, Progress, exclusive, no_progress
+from qsnap.host.qmp import QemuGoneError, Qmp, open_qmp
+from qsnap.host.runtime import LiveDisk, LiveVM, LiveVNE, Runtime
+from qsnap.host.starting import find_qemu_img, new_layer_path
+from qsnap.host.store import Store
+from qsnap.host.tasks import run_all
+from qsnap.model import Colour, Cut, DiskImage, Engine, RamBlockFile, Snapshot, StoredFile, VMSnapshot
+from qsnap.rules.colouring import Move, plan_direction, plan_moves
+from qsnap.rules.command import RAM_ID
+from qsnap.rules.engine import Decision, Facts, after_divergence, can_hold_switchover, choose_engine
+from qsnap.rules.manifest import files_in
+
+DEVICE_RAM_BYTES = 2 << 30  #: allowed for in a stream beside the guest's memory: video RAM, ROMs, tables
+
+
+async def snapshot(
+    vne: str,
+    name: str | None = None,
+    *,
+    engine: Engine = Engine.AUTO,
+    cut: Cut = Cut.COLOUR,
+    place: Place | None = None,
+    progress: Progress = no_progress,
+) -> Snapshot:
+    """Save a running VNE under `name` (default: the date and time), and return what was saved and what it cost.
+
+    The VMs run on. Raises BusyError while another operation is at work on the VNE, EngineRefusedError before
+    anything is paused, and on any failure leaves the VMs running and nothing behind.
+    """
+    runtime = (place or Place()).runtime()
+    name = name or time.strftime("%Y%m%d-%H%M%S")
+    async with exclusive(runtime, vne):
+        live = runtime.load(vne)
+        for vm in live.vms:
+            if not vm.process.is_alive():
+                raise StateError(f"its VM {vm.vm.name} is dead", where=f"VNE {vne}", advice="See `qsnap ps`.")
+        return await _Saving(live, name, engine, cut, runtime, progress).run()
+
+
+@frozen
+class Member:
+    """One VM of a snapshot under way, prepared for its cut."""
+
+    live: LiveVM
+    decision: Decision
+    disks: DiskCut
+    capture: Capture
+
+
+@define
+class _Saving:
+    """A snapshot under way. Every step that changes something pushes what undoes it onto `undo`."""
+
+    live: LiveVNE
+    name: str
+    wish: Engine
+    cut: Cut
+    runtime: Runtime
+    progress: Progress
+    store: Store = field(init=False)
+    undo: AsyncExitStack = field(factory=AsyncExitStack)
+    sessions: AsyncExitStack = field(factory=AsyncExitStack)
+    nursery: trio.Nursery = field(init=False)
+    links: Links = field(init=False)
+    directory: Path = field(init=False)
+
+    async def run(self) -> Snapshot:
+        self.store = Store(Path(self.live.store))
+        self.directory = await self.store.begin(self.live.vne.name, self.name)
+        try:
+            async with (
+                trio.open_nursery() as self.nursery,
+                open_links(self.live.netns) as self.links,
+                self.sessions,
+            ):
+                saved = await self._save()
+                await self.links.apply(plan_direction(self.live.vne, self.live.active))
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.store.abort(self.live.vne.name, self.name)
+                await self.store.collect(self.live.vne.name, in_use=self.live.layers_in_use())
+            raise
+        return saved
+
+    async def _save(self) -> Snapshot:
+        await self.links.apply(plan_direction(self.live.vne, self.live.active))
+        back = [move for vm in self.live.vms for move in self._moves(vm, self.live.active)]
+        self.undo.push_async_callback(self.links.apply, back)
+        try:
+            members = await run_all([partial(self._prepare, vm) for vm in self.live.vms])
+            await self._make_cut([member.capture for member in members])
+            saved = await self._commit(members)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.undo.aclose()
+            raise
+        self.undo.pop_all()
+        return saved
+
+    def _moves(self, vm: LiveVM, colour: Colour) -> list[Move]:
+        return plan_moves(self.live.vne, vm.vm.name, colour)
+
+    async def _prepare(self, vm: LiveVM) -> Member:
+        path = self.runtime.qmp_path(self.live.vne.name, vm.vm.name)
+        qmp = await self.sessions.enter_async_context(open_qmp(path, vm=vm.vm.name))
+        facts = await gather_facts(qmp, vm, len(self.live.vms))
+        decision = choose_engine(self.wish, facts)
+        self.progress("prepare", vm.vm.name, 0, 0)
+        disks = await self._prepare_disks(vm, qmp)
+        capture = await self._begin(vm, qmp, disks, facts, decision.engine)
+        if isinstance(capture, Precopy) and not capture.converged:
+            decision = after_divergence(self.wish, facts)
+            if decision.engine is Engine.BACKGROUND:
+                await capture.abort()
+                shutil.rmtree(self.directory / vm.vm.name)
+                capture = await self._begin(vm, qmp, disks, facts, decision.engine)
+        return Member(vm, decision, disks, capture)
+
+    async def _prepare_disks(self, vm: LiveVM, qmp: Qmp) -> DiskCut:
+        overlays = []
+        for index, disk in enumerate(vm.disks):
+            path = new_layer_path(self.live.store, self.live.vne.name, vm.vm.name, index)
+            await create_overlay(find_qemu_img(vm.vm.qemu), path, base=disk.layers[0], base_format="qcow2")
+            node = "layer-" + Path(path).stem.rpartition("-")[2]
+            overlays.append(Overlay(path, node, disk.node))
+        disks = DiskCut(qmp, tuple(overlays))
+        self.undo.push_async_callback(self._undo_disks, vm, disks)
+        await disks.prepare()
+        return disks
+
+    async def _begin(self, vm: LiveVM, qmp: Qmp, disks: DiskCut, facts: Facts, engine: Engine) -> Capture:
+        held = engine is Engine.PRECOPY and can_hold_switchover(facts.qemu_version)
+        directory = self.directory / vm.vm.name
+        directory.mkdir(mode=0o700)
+        daemon, stream_fd = await self.sessions.enter_async_context(
+            open_daemon(
+                self.nursery,
+                directory,
+                vm=vm.vm.name,
+                backed=(RAM_ID,),
+                ram_limit_bytes=vm.vm.memory_bytes + DEVICE_RAM_BYTES,
+                return_path=held,
+                on_bytes=lambda done: self.progress("save", vm.vm.name, done, vm.vm.memory_bytes),
+            )
+        )
+        move_taps = partial(self.links.apply, self._moves(vm, self.live.active.other))
+        capture: Capture
+        if engine is Engine.PRECOPY:
+            capture = Precopy(qmp, daemon, disks, facts.running, move_taps, held=held)
+        else:
+            capture = Background(qmp, daemon, disks, facts.running, move_taps)
+        self.undo.push_async_callback(_unless_dead, capture.abort)
+        await capture.prepare(stream_fd)
+        return capture
+
+    async def _make_cut(self, captures: list[Capture]) -> None:
+        if self.cut is Cut.BARRIER:
+            await run_all([capture.stop for capture in captures])
+            await run_all([capture.resume for capture in captures])
+        else:
+            await run_all([capture.stop_and_resume for capture in captures])
+
+    async def _commit(self, members: list[Member]) -> Snapshot:
+        known = await self._known_files()
+        vms = await run_all([partial(self._record, member, known) for member in members])
+        stops = [vm.measurements.stop_instant_s for vm in vms if vm.was_running]
+        saved = Snapshot(
+            name=self.name,
+            vne=self.live.vne,
+            cut=self.cut,
+            created_s=time.time(),
+            vms=tuple(vms),
+            discrepancy_ms=(max(stops) - min(stops)) * 1e3 if stops else 0.0,
+        )
+        await self.store.commit(saved)
+        after = tuple(evolve(member.live, disks=with_overlays(member.live, member.disks)) for member in members)
+        self.live = evolve(self.live, active=self.live.active.other, vms=after)
+        self.runtime.save(self.live)
+        return saved
+
+    async def _record(self, member: Member, known: Mapping[str, StoredFile]) -> VMSnapshot:
+        captured = await member.capture.complete()
+        vm, vne = member.live, self.live.vne.name
+        folder = f"snapshots/{self.name}/{vm.vm.name}"
+
+        async def seal(path: str) -> StoredFile:
+            self.progress("seal", vm.vm.name, 0, 0)
+            return known.get(path) or await self.store.seal_file(vne, path)
+
+        ram = []
+        for block in captured.receipt["blocks"]:
+            file = await seal(f"{folder}/{os.path.basename(block['file'])}")
+            ram.append(RamBlockFile(block["idstr"], block["used_length"], file))
+        disks = []
+        for disk, described in zip(vm.disks, vm.vm.disks, strict=True):
+            layers = [await seal(f"disks/{os.path.basename(path)}") for path in disk.layers]
+            base = os.stat(described.file)
+            disks.append(DiskImage(described.file, described.format, base.st_size, base.st_mtime_ns, tuple(layers)))
+        return VMSnapshot(
+            vm=vm.vm,
+            engine=member.decision.engine,
+            reason=member.decision.reason,
+            accelerator=vm.accelerator,
+            qemu_version=vm.qemu_version,
+            machine_type=vm.machine_type,
+            hardware=vm.hardware,
+            ram=tuple(ram),
+            device_stream=await seal(f"{folder}/{os.path.basename(captured.receipt['device_stream'])}"),
+            disks=tuple(disks),
+            was_running=member.capture.was_running,
+            measurements=captured.measurements(self.directory / vm.vm.name, vm.vm.memory_bytes),
+        )
+
+    async def _known_files(self) -> dict[str, StoredFile]:
+        """What older snapshots say of their files: a disk layer that one of them sealed never changes again."""
+        before = await self.store.list(self.live.vne.name)
+        return {file.path: file for old in before for file in files_in(old)}
+
+    async def _undo_disks(self, vm: LiveVM, disks: DiskCut) -> None:
+        """Back to the old layers; where that fails, the VM keeps the new ones and qsnap knows of them."""
+        try:
+            await disks.undo()
+        except QemuGoneError:
+            pass
+        except QsnapError:
+            kept = evolve(vm, disks=with_overlays(vm, disks))
+            vms = tuple(kept if other.vm.name == vm.vm.name else other for other in self.live.vms)
+            self.live = evolve(self.live, vms=vms)
+            self.runtime.save(self.live)
+            raise
+
+
+async def gather_facts(qmp: Qmp, vm: LiveVM, vms: int) -> Facts:
+    """Ask QEMU what it can do with this VM now. Nothing is paused."""
+    state = await qmp.execute("query-status")
+    return Facts(
+        vm=vm.vm.name,
+        qemu_version=vm.qemu_version,
+        accelerator=vm.accelerator,
+        hugetlb=vm.hugetlb,
+        running=state["status"] == "running",
+        background_refusal=await probe_background(qmp),
+        precopy_refusal=await probe_migration(qmp),
+        vms=vms,
+    )
+
+
+async def _unless_dead(undo: Callable[[], Awaitable[None]]) -> None:
+    with suppress(QemuGoneError):  # nothing is left to bring back
+        await undo()
+
+
+def with_overlays(vm: LiveVM, disks: DiskCut) -> tuple[LiveDisk, ...]:
+    """The VM's disks with the new layers on top."""
+    return tuple(
+        LiveDisk(overlay.node, (overlay.path, *disk.layers))
+        for overlay, disk in zip(disks.overlays, vm.disks, strict=True)
+    )

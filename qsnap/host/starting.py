@@ -1,0 +1,123 @@
+"""What `up` and `restore` have in common: the namespace with its networks, a VM's disks, and its process."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from attrs import frozen
+
+from qsnap.host.bridges import open_links
+from qsnap.host.disks import create_overlay
+from qsnap.host.netns import create_netns, netns_path
+from qsnap.host.qemu import Process, find_program, start_qemu
+from qsnap.host.qmp import Qmp
+from qsnap.host.runtime import LiveDisk, LiveVM, LiveVNE, Runtime
+from qsnap.host.tasks import run_all
+from qsnap.model import VM, Accelerator
+from qsnap.rules.colouring import plan_networks, tap_name
+from qsnap.rules.command import (
+    DISK_NODE,
+    Backends,
+    FilledRam,
+    MemfdRam,
+    Ram,
+    plan_command,
+    with_machine_type,
+)
+
+
+@frozen
+class DiskBase:
+    """What a new layer of a disk goes on top of: an image of the user's, or qcow2 layers, newest first, above it."""
+
+    image: str
+    image_format: str
+    layers: tuple[str, ...] = ()
+
+    @property
+    def top(self) -> tuple[str, str]:
+        """The file right below a new layer, and its format."""
+        return (self.layers[0], "qcow2") if self.layers else (self.image, self.image_format)
+
+
+@frozen
+class Start:
+    """Everything needed to start one VM. `index` is its place in the description."""
+
+    vm: VM
+    index: int
+    hardware: tuple[str, ...]
+    accelerator: Accelerator
+    ram: Ram
+    disks: tuple[DiskBase, ...]
+    incoming: bool = False
+
+
+async def build_networks(live: LiveVNE) -> None:
+    """Make the namespace of a VNE with all its bridges, links and taps."""
+    await create_netns(live.netns)
+    async with open_links(live.netns) as links:
+        await links.apply(plan_networks(live.vne, live.active))
+
+
+def new_layer_path(store: str, vne: str, vm: str, disk: int) -> str:
+    """A file name for a new disk layer that no snapshot and no VM has had before."""
+    directory = Path(store) / vne / "disks"
+    directory.mkdir(parents=True, mode=0o700, exist_ok=True)
+    return str(directory / f"{vm}-disk{disk}-{secrets.token_hex(6)}.qcow2")
+
+
+def find_qemu_img(qemu: str) -> str:
+    """The qemu-img that belongs to a QEMU: beside it, else the one on the path."""
+    beside = os.path.join(os.path.dirname(find_program(qemu)), "qemu-img")
+    return beside if os.path.exists(beside) else find_program("qemu-img")
+
+
+async def start_process(live: LiveVNE, runtime: Runtime, start: Start) -> tuple[Process, tuple[LiveDisk, ...]]:
+    """Make a VM's disk layers and start its QEMU, paused. Its QMP socket answers when this returns."""
+    vm = start.vm
+    disks = await _make_layers(live, start)
+    directory = runtime.make_vm_directory(live.vne.name, vm.name)
+    backends = Backends(
+        directory=str(directory),
+        ram=start.ram,
+        disks=tuple(disk.layers[0] for disk in disks),
+        taps=tuple(tap_name(start.index, nic) for nic in range(len(vm.nics))),
+        incoming=start.incoming,
+    )
+    command = plan_command(vm, f"{live.vne.name}/{vm.name}", start.hardware, start.accelerator, backends)
+    fds = (start.ram.fd,) if isinstance(start.ram, FilledRam) else ()
+    process = await start_qemu(command, netns=netns_path(live.netns), directory=str(directory), vm=vm.name, fds=fds)
+    return process, disks
+
+
+async def _make_layers(live: LiveVNE, start: Start) -> tuple[LiveDisk, ...]:
+    async def make(index: int, base: DiskBase) -> LiveDisk:
+        path = new_layer_path(live.store, live.vne.name, start.vm.name, index)
+        below, below_format = base.top
+        await create_overlay(find_qemu_img(start.vm.qemu), path, base=below, base_format=below_format)
+        return LiveDisk(DISK_NODE.format(index), (path, *base.layers))
+
+    calls = [lambda index=index, base=base: make(index, base) for index, base in enumerate(start.disks)]
+    return tuple(await run_all(calls))
+
+
+async def describe(qmp: Qmp, start: Start, process: Process, disks: tuple[LiveDisk, ...]) -> LiveVM:
+    """What is to be known about a VM that was started, with the alias of its machine type resolved."""
+    version, machine = await qmp.execute_all(
+        ("query-version", {}), ("qom-get", {"path": "/machine", "property": "type"})
+    )
+    numbers = version["qemu"]
+    machine_type = machine.removesuffix("-machine")
+    return LiveVM(
+        vm=start.vm,
+        process=process,
+        hardware=with_machine_type(start.hardware, machine_type),
+        machine_type=machine_type,
+        accelerator=start.accelerator,
+        qemu_version=(numbers["major"], numbers["minor"], numbers["micro"]),
+        hugetlb=isinstance(start.ram, MemfdRam) and start.ram.hugetlb,
+        disks=disks,
+    )

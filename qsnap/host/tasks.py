@@ -1,0 +1,57 @@
+"""Running things side by side, and reporting one error when they fail."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import trio
+
+from qsnap.errors import QsnapError
+
+T = TypeVar("T")
+
+
+async def run_all(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Run the calls side by side and return their values in order. The first failure cancels the others."""
+    results: dict[int, T] = {}
+
+    async def run(index: int, call: Callable[[], Awaitable[T]]) -> None:
+        results[index] = await call()
+
+    with one_error():
+        async with trio.open_nursery() as nursery:
+            for index, call in enumerate(calls):
+                nursery.start_soon(run, index, call)
+    return [results[index] for index in range(len(calls))]
+
+
+@contextmanager
+def one_error() -> Iterator[None]:
+    """Turn the group of errors of a nursery into the one a caller can act on; the others become notes on it."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        first, *others = sorted(_leaves(group), key=_rank)
+        for other in others:
+            if isinstance(other, QsnapError) and str(other) != str(first):
+                first.add_note(f"also: {other}")
+        raise first from first.__cause__
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    return [
+        leaf
+        for error in group.exceptions
+        for leaf in (_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    ]
+
+
+def _rank(error: BaseException) -> int:
+    """What the caller should see first: an interrupt, a defect, then what was foreseen, and cancellation last."""
+    if isinstance(error, trio.Cancelled):
+        return 3
+    if isinstance(error, QsnapError):
+        return 2
+    return 1 if isinstance(error, Exception) else 0

@@ -1,0 +1,203 @@
+"""Frozen values that every layer shares: what a VNE is, and what a snapshot of one holds.
+
+A *virtual networked environment* (VNE) is a set of VMs and the networks between them. Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from attrs import field, frozen
+
+
+class Colour(Enum):
+    """One of the two bridges of a network. At rest all taps are on one of them."""
+
+    RED = "red"
+    BLUE = "blue"
+
+    @property
+    def other(self) -> Colour:
+        """The colour that is post-snapshot while this one is pre-snapshot."""
+        return Colour.BLUE if self is Colour.RED else Colour.RED
+
+
+class Backing(Enum):
+    """What guest RAM is made of."""
+
+    AUTO = "auto"  #: hugetlb if the host has enough free huge pages, else anonymous
+    ANONYMOUS = "anonymous"  #: memory-backend-ram
+    MEMFD = "memfd"  #: memory-backend-memfd, shared
+    HUGETLB = "hugetlb"  #: memory-backend-memfd with hugetlb=on; huge pages are reserved if the host has none
+    FILE = "file"  #: memory-backend-file, mapped copy-on-write from a snapshot's flat file; restore only
+
+
+class Accelerator(Enum):
+    """QEMU's `-accel`. AUTO is KVM where it really boots a guest, else TCG."""
+
+    AUTO = "auto"
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+class Engine(Enum):
+    """How the state of one VM is captured."""
+
+    AUTO = "auto"
+    BACKGROUND = "background"  #: capability background-snapshot: userfaultfd write protection
+    PRECOPY = "precopy"  #: precopy migration into a receiver that keeps the newest copy of each page
+
+
+class Cut(Enum):
+    """What makes the states of several VMs one consistent state."""
+
+    COLOUR = "colour"  #: frames are separated by two bridges and a one-way link; each VM resumes when it can
+    BARRIER = "barrier"  #: no VM resumes before every VM has stopped
+
+
+class RamMode(Enum):
+    """How a restored VM gets its RAM."""
+
+    AUTO = "auto"
+    MAP = "map"  #: copy-on-write mapping of the flat file
+    EAGER = "eager"  #: the flat file copied into RAM of the VM's own before the guest runs
+
+
+@frozen
+class Disk:
+    """A disk of a VM. `file` is a base image and is never written: writes go to an overlay of the VNE's own."""
+
+    file: str
+    format: str = "qcow2"
+    interface: str = "virtio-blk-pci"
+
+
+@frozen
+class Nic:
+    """A network card: `mac` is seen by the guest, `network` is the name of the network it is on."""
+
+    network: str
+    mac: str
+    model: str = "virtio-net-pci"
+
+
+@frozen
+class VM:
+    """One VM as described. `memory_bytes` is the size of its main RAM block."""
+
+    name: str
+    memory_bytes: int
+    backing: Backing = Backing.AUTO
+    vcpus: int = 1
+    machine: str = "pc"
+    cpu: str = ""
+    accelerator: Accelerator = Accelerator.AUTO
+    qemu: str = "qemu-system-x86_64"
+    kernel: str = ""
+    initrd: str = ""
+    append: str = ""
+    disks: tuple[Disk, ...] = ()
+    nics: tuple[Nic, ...] = ()
+    extra: tuple[str, ...] = ()
+
+
+@frozen
+class Network:
+    """A layer-2 network between VMs."""
+
+    name: str
+    mtu: int = 1500
+
+
+@frozen
+class VNE:
+    """VMs + networks, as a description states them."""
+
+    name: str
+    vms: tuple[VM, ...]
+    networks: tuple[Network, ...] = ()
+
+
+@frozen
+class StoredFile:
+    """A file of a snapshot: `path` relative to the store's VNE directory, and the SHA-256 of its content."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@frozen
+class RamBlockFile:
+    """A RAMBlock kept as a flat sparse file: the page at guest offset X is at file offset X, zero pages are holes."""
+
+    idstr: str
+    used_length: int
+    file: StoredFile
+
+
+@frozen
+class DiskImage:
+    """A disk at the cut. `layers` are qcow2 files, newest first, above the description's base image `base`.
+
+    The base is not copied: its size and modification time tell whether it is still the same.
+    """
+
+    base: str
+    base_format: str
+    base_size_bytes: int
+    base_mtime_ns: int
+    layers: tuple[StoredFile, ...]
+
+
+@frozen
+class Measurements:
+    """What a snapshot cost one VM. Instants are seconds since the Unix epoch, from QEMU's own QMP timestamps."""
+
+    total_ms: float  #: from the start of the capture to its last byte
+    iterations: int  #: passes over dirty pages (`dirty-sync-count`)
+    last_iteration_pages: int  #: pages sent while the VM was stopped (precopy), or in all (background)
+    stop_instant_s: float
+    resume_instant_s: float
+    downtime_ms: float
+    image_bytes: int  #: bytes allocated on disk for RAM and device state
+    image_to_memory: float  #: `image_bytes` over the size of the guest's RAM
+
+
+@frozen
+class VMSnapshot:
+    """One VM inside a snapshot.
+
+    `hardware` is the part of QEMU's command line that the guest can see, recorded so that the very same machine
+    is built at restore whatever qsnap's defaults have become.
+    """
+
+    vm: VM
+    engine: Engine
+    reason: str
+    accelerator: Accelerator
+    qemu_version: tuple[int, int, int]
+    machine_type: str
+    hardware: tuple[str, ...]
+    ram: tuple[RamBlockFile, ...]
+    device_stream: StoredFile
+    disks: tuple[DiskImage, ...]
+    was_running: bool
+    measurements: Measurements
+
+
+@frozen
+class Snapshot:
+    """A consistent state of a whole VNE, as its manifest records it. `created_s` is Unix time."""
+
+    name: str
+    vne: VNE
+    cut: Cut
+    created_s: float
+    vms: tuple[VMSnapshot, ...]
+    discrepancy_ms: float = field(default=0.0)  #: latest minus earliest STOP instant
+
+
+def version_text(version: tuple[int, int, int]) -> str:
+    """A version as people write it."""
+    return ".".join(map(str, version))
