@@ -11,7 +11,9 @@ from qsnap.errors import (
     StateError,
     StreamError,
 )
-from qsnap.host.lifecycle import VMStatus, VNEStatus, down, status, statuses, up
+from qsnap.host.catalogue import remove, show, snapshots, verify
+from qsnap.host.descriptions import load_description
+from qsnap.host.lifecycle import VMStatus, VNEStatus, console_path, down, running, status, statuses, up
 from qsnap.host.place import Place
 from qsnap.host.restoring import RestoreReport, restore
 from qsnap.host.saving import snapshot
@@ -42,10 +44,17 @@ __all__ = [
     "StreamError",
     "VMStatus",
     "VNEStatus",
+    "console_path",
     "down",
+    "load_description",
+    "remove",
     "restore",
+    "running",
+    "show",
     "snapshot",
+    "snapshots",
     "status",
     "statuses",
     "up",
+    "verify",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -182,6 +182,26 @@ async def down(vne: str, *, place: Place | None = None) -> None:
     async with exclusive(runtime, vne):
         runtime.load(vne)
         await take_down(vne, runtime)
+
+
+@asynccontextmanager
+async def running(vne: VNE, *, place: Place | None = None) -> AsyncIterator[VNEStatus]:
+    """A VNE that is up inside the block and down after it, whatever state it is in by then."""
+    runtime = (place or Place()).runtime()
+    started = await up(vne, place=place)
+    try:
+        yield started
+    finally:
+        with trio.CancelScope(shield=True):
+            if vne.name in runtime.names():
+                await down(vne.name, place=place)
+
+
+def console_path(vne: str, vm: str, *, place: Place | None = None) -> str:
+    """The Unix socket of a VM's serial console. Raises StateError if there is no such VM or VNE."""
+    runtime = (place or Place()).runtime()
+    runtime.load(vne).find(vm)
+    return runtime.console_path(vne, vm)
 
 
 async def take_down(vne: str, runtime: Runtime) -> None:

@@ -1,14 +1,14 @@
-"""The snapshot daemon: one process per VM that turns a migration stream into flat RAM files and a device stream.
+"""The snapshot daemon: one process per VM that makes flat RAM files and a device stream of a migration stream.
 
-It is a process of its own because it is CPU-bound, and synchronous because it does one thing. Its parent starts
+It is a process of its own because it is CPU-bound, and synchronous because it does one thing. Its parent runs
 
     python -m qsnap.host.receiver --stream FD --status FD --directory DIR --backed pc.ram --ram-limit BYTES
 
-and exchanges JSON lines over the status descriptor. From the receiver: `ready`, `tracking` (the first RAM record is
-here, so the source's state is captured), `progress`, and at last `done` or `error`. To the receiver, with
-`--return-path`: {"command": "ack"}, which lets a source with capability switchover-ack stop the VM.
+and exchanges JSON lines over the status descriptor. From the receiver: `ready`, `tracking` (the first RAM record
+has come, so the source's state is captured), `progress`, and at last `done` or `error`. To the receiver, with
+`--return-path`: {"command": "ack"}, for which a source with capability switchover-ack waits before it stops the VM.
 
-It ends when the stream ends, when the parent closes its end of the status descriptor, or at SIGTERM. It leaves the
+It ends with the stream, when the parent closes its end of the status descriptor, or at SIGTERM. It leaves the
 files of a failed attempt behind: the parent removes the directory.
 """
 
@@ -28,10 +28,8 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from qsnap.errors import HostError, StreamError
+from qsnap.host.flatfile import FlatFile
 from qsnap.wire import encode
 from qsnap.wire.events import (
     Command,
@@ -43,13 +41,11 @@ from qsnap.wire.events import (
     RamEnd,
     ZeroRun,
 )
-from qsnap.wire.records import CommandType, RAMBlock, RamSetup, ReturnPathMessage
+from qsnap.wire.records import CommandType, RamSetup, ReturnPathMessage
 from qsnap.wire.stream import StreamReader
 
-_IOV_MAX = 1024
 _PIPE_BYTES = (4 << 20, 1 << 20)  #: sizes to ask for; the second is what an ordinary user may have
 _PROGRESS_S = 0.1
-_COPY_BYTES = 1 << 20
 _STATUS_LINE_LIMIT = 4096
 #: Device state of ordinary machines is below 1 MB; some display and assigned devices keep their memory in it.
 _TAIL_LIMIT_BYTES = 1 << 30
@@ -58,89 +54,6 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 class ParentGoneError(Exception):
     """Nobody is left to report to."""
-
-
-class FlatFile:
-    """A RAMBlock as a sparse file: the page at offset X is at file offset X, pages never written are holes."""
-
-    def __init__(self, block: RAMBlock, path: str, target_page_size: int) -> None:
-        self.block = block
-        self.path = path
-        self._target_page_size = target_page_size
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        os.ftruncate(self._fd, block.used_length)
-        pages = block.used_length // target_page_size
-        self._has_data = np.zeros(pages, np.bool_)
-        self._is_zero = np.zeros(pages, np.bool_)
-
-    @property
-    def data_pages(self) -> int:
-        """Pages whose newest content is not zero."""
-        return int(np.count_nonzero(self._has_data))
-
-    @property
-    def zero_pages(self) -> int:
-        """Pages that were sent, and are zero."""
-        return int(np.count_nonzero(self._is_zero))
-
-    def apply_pages(self, run: PageRun) -> None:
-        """Write pages, those that are neighbours in the file with one call."""
-        size = self._target_page_size
-        indices = run.page_offsets // np.uint64(size)
-        self._has_data[indices] = True
-        self._is_zero[indices] = False
-        for begin, end in _neighbours(indices):
-            pages = [run.buffer[position : position + size] for position in run.positions[begin:end].tolist()]
-            _write_all(self._fd, pages, int(run.page_offsets[begin]))
-
-    def apply_zeros(self, run: ZeroRun) -> None:
-        """Note zero pages. What was never written reads as zero already."""
-        size = self._target_page_size
-        indices = run.page_offsets // np.uint64(size)
-        self._is_zero[indices] = True
-        stale = indices[self._has_data[indices]]
-        self._has_data[stale] = False
-        zero_page = memoryview(bytes(size))
-        for index in stale.tolist():
-            _write_all(self._fd, [zero_page], index * size)
-
-    def encode_records(self) -> Iterator[bytes]:
-        """All pages that were sent, as records of a stream."""
-        size = self._target_page_size
-        per_chunk = _COPY_BYTES // size
-        data = np.flatnonzero(self._has_data)
-        for chunk in np.split(data, range(per_chunk, data.size, per_chunk)):
-            content = b"".join(os.pread(self._fd, size, index * size) for index in chunk.tolist())
-            pages = np.frombuffer(content, np.uint8).reshape(-1, size)
-            yield encode.encode_pages(self.block, chunk.astype(np.uint64) * np.uint64(size), pages)
-        zeros = np.flatnonzero(self._is_zero).astype(np.uint64) * np.uint64(size)
-        yield encode.encode_zero_pages(self.block, zeros)
-
-    def close(self) -> None:
-        """Give the descriptor back."""
-        os.close(self._fd)
-
-
-def _neighbours(indices: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
-    """Slices of `indices` in which each is its predecessor plus one."""
-    edges = np.flatnonzero(np.diff(indices) != 1) + 1
-    bounds = [0, *edges.tolist(), indices.size]
-    return zip(bounds, bounds[1:], strict=False)
-
-
-def _write_all(fd: int, pieces: list[memoryview], offset: int) -> None:
-    """Write `pieces` one behind the other at `offset`. A full file system writes short first and then fails."""
-    while pieces:
-        batch = pieces[:_IOV_MAX]
-        written = os.pwritev(fd, batch, offset)
-        offset += written
-        done = 0
-        while done < len(batch) and written >= len(batch[done]):
-            written -= len(batch[done])
-            done += 1
-        pieces = pieces[done:]
-        if written:
-            pieces[0] = pieces[0][written:]
 
 
 class Snapshot:
@@ -203,9 +116,7 @@ class Snapshot:
         self._copy_tail(fd)
         os.close(fd)
         return {
-            "blocks": [
-                self._describe(flat) for flat in self._files.values() if flat.block.idstr in self._backed
-            ],
+            "blocks": [self._describe(flat) for flat in self._files.values() if flat.block.idstr in self._backed],
             "device_stream": path,
             "machine": self._configuration.machine,
             "stream_bytes": self.stream_bytes,
@@ -241,10 +152,13 @@ class Snapshot:
 
 def file_name(idstr: str) -> str:
     """A RAMBlock's file name. Different names stay different, and none is hidden or leads elsewhere."""
-    safe = (
-        c if c.isalnum() or c in "_-" or (c == "." and i) else f"%{ord(c):02x}" for i, c in enumerate(idstr)
-    )
-    return "".join(safe) + ".ram"
+    return "".join(_safe(character, first=not i) for i, character in enumerate(idstr)) + ".ram"
+
+
+def _safe(character: str, *, first: bool) -> str:
+    if character.isalnum() or character in "_-" or (character == "." and not first):
+        return character
+    return f"%{ord(character):02x}"
 
 
 def _append(fd: int, data: memoryview) -> None:
@@ -287,49 +201,54 @@ class Status:
 class Receiver:
     """Reads the stream, applies it to the snapshot, and answers both sides."""
 
-    def __init__(
-        self, stream_fd: int, status: Status, snapshot: Snapshot, reader: StreamReader, answer: bool
-    ) -> None:
+    def __init__(self, stream_fd: int, status: Status, snapshot: Snapshot, reader: StreamReader, answers: bool) -> None:
         self._stream_fd = stream_fd
         self._status = status
         self._snapshot = snapshot
         self._reader = reader
-        self._answer = answer
         self._tracking = False
-        self._shut = not answer
+        self._answers = answers
+        self._owes_shut = answers
         self._poll = select.poll()
         self._poll.register(stream_fd, select.POLLIN)
         self._poll.register(status.fd, select.POLLIN)
 
     def run(self) -> None:
         """Until the stream's end."""
-        while not isinstance(event := self._next_event(), EndOfStream):
-            if not self._tracking and isinstance(event, PageRun | ZeroRun):
+        event: Event | None = None
+        while not isinstance(event, EndOfStream):
+            event = self._reader.next_event()
+            if event is None:
+                self._receive_more()
+                continue
+            if isinstance(event, PageRun | ZeroRun) and not self._tracking:
                 self._tracking = True
                 self._status.send("tracking")
-            if isinstance(event, Command) and event.command is CommandType.PING:
-                self._send_return_path(ReturnPathMessage.PONG, event.data)
+            elif isinstance(event, Command):
+                self._answer(event)
             self._snapshot.apply(event)
-        self._snapshot.apply(event)
 
-    def _next_event(self) -> Event:
-        while (event := self._reader.next_event()) is None:
-            if not self._shut and self._reader.is_complete():
-                self._shut = True
-                self._send_return_path(ReturnPathMessage.SHUT, bytes(4))
-            self._wait()
-            self._reader.buffer_updated(os.readv(self._stream_fd, [self._reader.get_buffer()]))
-            self._status.send_progress(self._reader.stream_offset)
-        return event
+    def _receive_more(self) -> None:
+        if self._owes_shut and self._reader.is_complete():
+            # The source completes, and closes the stream, only when it knows that no more answers will come.
+            self._owes_shut = False
+            self._send(ReturnPathMessage.SHUT, bytes(4))
+        self._wait()
+        try:
+            count = os.readv(self._stream_fd, [self._reader.get_buffer()])
+        except ConnectionResetError:
+            count = 0  # closed with an answer of ours unread; whether the stream is whole shows in its content
+        self._reader.buffer_updated(count)
+        self._status.send_progress(self._reader.stream_offset)
 
     def _wait(self) -> None:
         """Until the stream has something; meanwhile do as the parent says, and notice when it is gone."""
         readable = False
         while not readable:
-            for fd, events in self._poll.poll():
+            for fd, happened in self._poll.poll():
                 if fd == self._stream_fd:
                     readable = True
-                elif events & select.POLLIN:
+                elif happened & select.POLLIN:
                     self._obey()
                 else:
                     raise ParentGoneError
@@ -337,31 +256,31 @@ class Receiver:
     def _obey(self) -> None:
         for command in self._status.read_commands():
             if command == "ack":
-                self._send_return_path(ReturnPathMessage.SWITCHOVER_ACK)
+                self._send(ReturnPathMessage.SWITCHOVER_ACK)
 
-    def _send_return_path(self, message: ReturnPathMessage, data: bytes = b"") -> None:
-        if self._answer:
+    def _answer(self, command: Command) -> None:
+        if command.command is CommandType.PING:
+            self._send(ReturnPathMessage.PONG, command.data)
+
+    def _send(self, message: ReturnPathMessage, data: bytes = b"") -> None:
+        if not self._answers:
+            return
+        # A source that is gone shows as the stream's end, which says more than a failed answer.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             _append(self._stream_fd, memoryview(encode.encode_return_path(message, data)))
 
 
 def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="qsnap.host.receiver", description="Receive one VM's migration stream."
-    )
+    parser = argparse.ArgumentParser(prog="qsnap.host.receiver", description="Receive one VM's migration stream.")
     parser.add_argument("--stream", type=int, required=True, metavar="FD")
     parser.add_argument("--status", type=int, required=True, metavar="FD")
     parser.add_argument("--directory", required=True, help="an existing directory for the files")
-    parser.add_argument(
-        "--backed", action="append", default=[], metavar="IDSTR", help="a RAMBlock that gets a file"
-    )
-    parser.add_argument(
-        "--ram-limit", type=int, required=True, metavar="BYTES", help="of all RAMBlocks together"
-    )
+    parser.add_argument("--backed", action="append", default=[], metavar="IDSTR", help="a RAMBlock that gets a file")
+    parser.add_argument("--ram-limit", type=int, required=True, metavar="BYTES", help="of all RAMBlocks together")
     parser.add_argument("--tail-limit", type=int, default=_TAIL_LIMIT_BYTES, metavar="BYTES")
     parser.add_argument("--target-page-size", type=int, default=4096, metavar="BYTES")
-    parser.add_argument(
-        "--return-path", action="store_true", help="the stream is a socket whose source wants answers"
-    )
+    parser.add_argument("--return-path", action="store_true", help="the stream is a socket whose source wants answers")
+    parser.add_argument("--return-path", action="store_true", help="the stream is a socket; send the source answers")
     return parser.parse_args(arguments)
 
 

@@ -70,9 +70,7 @@ def encode_zero_pages(block: RAMBlock, page_offsets: NDArray[np.uint64]) -> byte
     return _records(block, page_offsets, np.zeros((page_offsets.size, 1), np.uint8), RamFlag.ZERO)
 
 
-def _records(
-    block: RAMBlock, page_offsets: NDArray[np.uint64], payloads: NDArray[np.uint8], flag: RamFlag
-) -> bytes:
+def _records(block: RAMBlock, page_offsets: NDArray[np.uint64], payloads: NDArray[np.uint8], flag: RamFlag) -> bytes:
     """Only the first record names its RAMBlock, so it is put together by itself."""
     if not page_offsets.size:
         return b""
@@ -81,7 +79,7 @@ def _records(
     records = np.empty((words.size, WORD_BYTES + payloads.shape[1]), np.uint8)
     records[:, :WORD_BYTES] = words.view(np.uint8).reshape(-1, WORD_BYTES)
     records[:, WORD_BYTES:] = payloads[1:]
-    return first + records.tobytes()
+    return b"".join([first, records.tobytes()])
 
 
 def encode_return_path(message: ReturnPathMessage, data: bytes = b"") -> bytes:

@@ -73,9 +73,7 @@ def _fill_bytes(buffer: memoryview, position: int, count: int, stride: int) -> N
     return np.ndarray((count,), np.uint8, buffer, position + WORD_BYTES, (stride,))
 
 
-def find_stretch(
-    buffer: memoryview, position: int, end: int, used_length: int, target_page_size: int
-) -> Stretch:
+def find_stretch(buffer: memoryview, position: int, end: int, used_length: int, target_page_size: int) -> Stretch:
     """The records at `position` that continue a RAMBlock, while their page offsets ascend within `used_length`."""
     page_offsets: list[int] = []
     positions: list[int] = []
@@ -85,11 +83,7 @@ def find_stretch(
     last_zero = end - WORD_BYTES - 1
     previous, equal, kind = -1, 0, 0
     unpack = _WORD.unpack_from
-    while (
-        position <= last_zero
-        and equal < _WORTHWHILE * 2
-        and len(zero_offsets) + len(positions) < _STRETCH_RECORDS
-    ):
+    while position <= last_zero and equal < _WORTHWHILE * 2 and len(zero_offsets) + len(positions) < _STRETCH_RECORDS:
         (word,) = unpack(buffer, position)
         flags = word & mask
         page_offset = word - flags

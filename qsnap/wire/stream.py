@@ -45,7 +45,7 @@ from .records import (
 from .runs import PAGE_CONTINUE, WORD_BYTES, ZERO_CONTINUE, find_run, find_stretch
 from .tail import Tail
 
-BUFFER_BYTES = 8 << 20
+BUFFER_BYTES = 4 << 20  #: as much as a widened pipe holds
 #: The largest thing that is parsed in one go is the list of RAMBlocks; the buffer must be able to hold it.
 MINIMUM_BUFFER_BYTES = 256 << 10
 _BLOCKS_LIMIT = 512
@@ -133,6 +133,7 @@ class StreamReader:
         Raises:
             StreamError: the stream is malformed, truncated or beyond the limits given.
         """
+        event: Event | None
         if self._queued:
             event, self._queued = self._queued, None
             return event
@@ -309,9 +310,7 @@ class StreamReader:
         return PageRun(block, offsets, positions, self._buffer)
 
     def _read_stretch(self, cursor: Cursor, block: RAMBlock) -> Event | None:
-        stretch = find_stretch(
-            self._buffer, cursor.position, self._end, block.used_length, self._target_page_size
-        )
+        stretch = find_stretch(self._buffer, cursor.position, self._end, block.used_length, self._target_page_size)
         cursor.position = stretch.end
         zeros = pages = None
         if stretch.zero_offsets:

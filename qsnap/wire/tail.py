@@ -35,18 +35,14 @@ class Tail:
         """Whether a VMDESC ends exactly at the last byte fed."""
         # JSON holds no NUL, so the last one belongs to the six bytes before it.
         last_nul = self._recent.rfind(0)
-        return any(
-            self._ends_after(begin) for begin in range(max(0, last_nul - _HEADER.size + 1), last_nul + 1)
-        )
+        return any(self._ends_after(begin) for begin in range(max(0, last_nul - _HEADER.size + 1), last_nul + 1))
 
     def _ends_after(self, begin: int) -> bool:
         body = begin + _HEADER.size
         if body > len(self._recent):
             return False
         header = _HEADER.unpack_from(self._recent, begin)
-        return header == (SectionType.EOF, SectionType.VMDESC, len(self._recent) - body) and self._is_vmdesc(
-            body
-        )
+        return header == (SectionType.EOF, SectionType.VMDESC, len(self._recent) - body) and self._is_vmdesc(body)
 
     def _is_vmdesc(self, begin: int) -> bool:
         try:

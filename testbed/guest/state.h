@@ -31,7 +31,15 @@ enum { PAGE_BYTES = 4096, PAGE_WORDS = PAGE_BYTES / 8, MAX_PEERS = 16, STATE_VER
 #define STAMP_MAGIC "QSNAP guest page"
 
 /* MATCHED of a sender: all of it, with its digest, was handed over; of a receiver: it was what was announced. */
-enum phase { STREAM_NONE, STREAM_OPENING, STREAM_OPEN, STREAM_ENDING, STREAM_MATCHED, STREAM_MISMATCHED, STREAM_BROKEN };
+enum phase {
+    STREAM_NONE,
+    STREAM_OPENING,
+    STREAM_OPEN,
+    STREAM_ENDING,
+    STREAM_MATCHED,
+    STREAM_MISMATCHED,
+    STREAM_BROKEN
+};
 
 /* SHA-256 of the first `bytes` of a stream; both ends take one at the same positions. */
 struct mark {
