@@ -280,7 +280,6 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tail-limit", type=int, default=_TAIL_LIMIT_BYTES, metavar="BYTES")
     parser.add_argument("--target-page-size", type=int, default=4096, metavar="BYTES")
     parser.add_argument("--return-path", action="store_true", help="the stream is a socket whose source wants answers")
-    parser.add_argument("--return-path", action="store_true", help="the stream is a socket; send the source answers")
     return parser.parse_args(arguments)
 
 
