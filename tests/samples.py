@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from qsnap.model import (
@@ -84,6 +85,8 @@ def contents(name: str = "s1", layer: str = "disks/alice-0.qcow2") -> dict[str, 
         layer: b"QFI\xfb a layer",
     }
 
+
+UNHURRIED = settings(deadline=None)  #: a busy machine makes no test fail
 
 _ALNUM = "abyz0189"
 NAMES = st.builds(str.__add__, st.sampled_from(_ALNUM), st.text(_ALNUM + "-", max_size=31))

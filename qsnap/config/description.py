@@ -72,9 +72,7 @@ def parse_description(text: str, *, file: str, base_dir: str = "") -> VNE:
     networks = tuple(_network(source, key, value) for key, value in _named_tables(source, top, "network"))
     source = evolve(source, networks=tuple(network.name for network in networks))
     defaults = _settings(source, ("defaults",), top.get("defaults", {}))
-    given = {
-        key: {**defaults, **_settings(source, key, value)} for key, value in _named_tables(source, top, "vm")
-    }
+    given = {key: {**defaults, **_settings(source, key, value)} for key, value in _named_tables(source, top, "vm")}
     if not given:
         raise source.error(("vm",), "a VNE needs at least one VM", "Add a table such as [vm.alice].")
     macs = _macs(source, vne_name, given)
@@ -119,11 +117,7 @@ def _named_tables(source: Source, top: dict[str, object], kind: str) -> list[tup
 def _network(source: Source, key: Key, value: object) -> Network:
     given = table(source, key, value, ("mtu",))
     word = str(key[-1])
-    return (
-        Network(word, whole(68, 65535)(source, (*key, "mtu"), given["mtu"]))
-        if "mtu" in given
-        else Network(word)
-    )
+    return Network(word, whole(68, 65535)(source, (*key, "mtu"), given["mtu"])) if "mtu" in given else Network(word)
 
 
 def _settings(source: Source, key: Key, value: object) -> Settings:
@@ -168,9 +162,7 @@ def _macs(source: Source, vne_name: str, given: dict[Key, Settings]) -> dict[Mac
         if mac in owners:
             (other, _), other_place = owners[mac]
             both = f"VM {key[0][-1]} and VM {other[-1]} (line {source.line_of(other_place)})"
-            raise source.error(
-                place, f"the MAC {mac} is given to {both}", "Leave MACs out to have them made."
-            )
+            raise source.error(place, f"the MAC {mac} is given to {both}", "Leave MACs out to have them made.")
         macs[key] = mac or _derived_mac(f"{vne_name}/{key[0][-1]}/{key[1]}", owners)
         owners[macs[key]] = (key, place)
     return macs
@@ -208,9 +200,7 @@ def _nic(source: Source, key: Key, value: object) -> Nic:
     given = table(source, key, value, ("network", "mac", "model"))
     required(source, key, given, "network", '{ network = "lan" }')
     readers: dict[str, Reader[str]] = {"network": _network_name, "mac": _mac, "model": _device}
-    return Nic(
-        **{"mac": "", **{word: readers[word](source, (*key, word), item) for word, item in given.items()}}
-    )
+    return Nic(**{"mac": "", **{word: readers[word](source, (*key, word), item) for word, item in given.items()}})
 
 
 def _disk(source: Source, key: Key, value: object) -> Disk:
@@ -241,9 +231,7 @@ def _extra(source: Source, key: Key, value: object) -> tuple[str, ...]:
         if item.startswith("-"):
             _check_option(source, place, item, after)
         elif not before.startswith("-"):
-            raise source.error(
-                place, f"{item!r} belongs to no option", "QEMU would take it for a disk image."
-            )
+            raise source.error(place, f"{item!r} belongs to no option", "QEMU would take it for a disk image.")
     return items
 
 
@@ -258,9 +246,7 @@ def _check_option(source: Source, key: Key, option: str, argument: str) -> None:
         raise source.error(key, f"the option {option} cannot be given here", reason)
 
 
-_device = matching(
-    r"[A-Za-z0-9][A-Za-z0-9._-]*", "the name of a QEMU device or machine; properties cannot be added"
-)
+_device = matching(r"[A-Za-z0-9][A-Za-z0-9._-]*", "the name of a QEMU device or machine; properties cannot be added")
 _filled = matching(r"(?s:.+)", "a file")
 _mac_form = matching(r"(?i:[0-9a-f]{2}(:[0-9a-f]{2}){5})", 'a MAC: six bytes such as "52:54:00:12:34:56"')
 _READERS: dict[str, Reader[Any]] = {

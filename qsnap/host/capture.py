@@ -22,22 +22,28 @@ from qsnap.host.disks import DiskCut
 from qsnap.host.qmp import Qmp, QmpError
 from qsnap.model import Engine, Measurements
 
-DOWNTIME_LIMIT_MS = 1  #: below this much work left, precopy is as good as converged; it goes on until it is told
+DOWNTIME_LIMIT_MS = 1  #: a precopy ends when what is left can be sent in this time
+POLL_S = 0.005
 STEP_TIMEOUT_S = 30.0  #: for every step that pauses a VM
 CONT_RETRY_S = 5.0  #: QEMU may refuse `cont` for a few ms after a migration ("not finalized yet")
 BACKGROUND_CAPABILITIES = frozenset({"background-snapshot", "events"})
 FD_NAME = "qsnap-stream"
 
-_CAPABILITIES = ("background-snapshot", "pause-before-switchover", "return-path", "switchover-ack", "events")
+PRECOPY_CAPABILITIES = frozenset({"pause-before-switchover", "events"})
+
+
+class DivergedError(QemuError):
+    """A precopy did not converge within its bounds. The VM was not stopped."""
 
 
 @frozen
-class Precision:
-    """When a precopy counts as converged, and when it is given up as not converging."""
+class Bounds:
+    """How long a precopy may go on: so many passes over dirty pages and so many seconds."""
 
-    remaining_bytes: int = 16 << 20
-    iterations: int = 30
-    time_s: float = 10.0
+    passes_at_first_limit: int = 8  #: with the least downtime; after them the limit is raised to the last one
+    last_limit_ms: int = 10
+    passes: int = 40
+    time_s: float = 20.0
 
 
 @frozen
@@ -75,8 +81,9 @@ class Capture(ABC):
     disks: DiskCut
     was_running: bool
     move_taps: Callable[[], Awaitable[None]]
-    started_s: float = field(factory=trio.current_time)
+    started_s: float = 0.0  # trio's clock
     stopped: bool = False
+    began: int = 0  # events before this index are from before the migration
     mark: int = 0  #: events before this index are from before the stop
 
     engine: ClassVar[Engine]
@@ -94,7 +101,6 @@ class Capture(ABC):
             await self.qmp.send_fd(FD_NAME, stream_fd)
         finally:
             os.close(stream_fd)
-        await self._begin()
 
     async def stop(self) -> None:
         """The VM's cut: stop it, redirect its disks, and make its taps post-snapshot."""
@@ -119,10 +125,11 @@ class Capture(ABC):
         """Wait for the rest of the state and for the daemon's files."""
 
     @abstractmethod
-    async def _begin(self) -> None: ...
-
-    @abstractmethod
     async def _release(self) -> None: ...
+
+    def explain(self, reason: str) -> str:
+        """The reason for the engine, and what became of it."""
+        return reason
 
     async def abort(self) -> None:
         """End the capture: no migration, and the VM running if it was found running."""
@@ -140,13 +147,15 @@ class Capture(ABC):
         return receipt, info
 
     async def _start_migration(self) -> None:
+        self.began = len(self.qmp.events)
+        self.started_s = trio.current_time()
         await self.qmp.execute("migrate", {"uri": f"fd:{FD_NAME}"})
 
     async def _wait_migration(self, status: str) -> None:
         """Wait for a migration status; a failed migration raises with the daemon's reason or else QEMU's."""
         ends = (status, "failed", "cancelled")
         event = await self.qmp.wait_event(
-            lambda event: event.name == "MIGRATION" and event.data["status"] in ends, since=self.mark
+            lambda event: event.name == "MIGRATION" and event.data["status"] in ends, since=self.began
         )
         if event.data["status"] == status:
             return
@@ -156,6 +165,16 @@ class Capture(ABC):
         raise QemuError(
             f"the {self.engine.value} migration {event.data['status']}: {info.get('error-desc', 'no reason given')}",
             where=f"VM {self.qmp.vm}",
+        )
+
+    def _captured(self, receipt: dict[str, Any], passes: int, last_pages: int) -> Captured:
+        return Captured(
+            receipt=receipt,
+            total_ms=(trio.current_time() - self.started_s) * 1e3,
+            iterations=passes,
+            last_iteration_pages=last_pages,
+            stop_instant_s=self._instant("STOP"),
+            resume_instant_s=self._instant("RESUME"),
         )
 
     def _instant(self, name: str) -> float:
@@ -177,9 +196,6 @@ class Background(Capture):
     engine = Engine.BACKGROUND
     capabilities = BACKGROUND_CAPABILITIES
 
-    async def _begin(self) -> None:
-        pass
-
     async def _release(self) -> None:
         await self._start_migration()
         await self.daemon.wait_tracking()
@@ -188,59 +204,70 @@ class Background(Capture):
 
     async def complete(self) -> Captured:
         receipt, _ = await self._finish()
-        return Captured(
-            receipt=receipt,
-            total_ms=(trio.current_time() - self.started_s) * 1e3,
-            iterations=1,
-            last_iteration_pages=receipt["data_pages"],
-            stop_instant_s=self._instant("STOP"),
-            resume_instant_s=self._instant("RESUME"),
-        )
+        return self._captured(receipt, 1, receipt["data_pages"])
 
 
 @define
 class Precopy(Capture):
-    """Precopy migration, iterating until it is told to end; then `stop`, and the little that is left.
+    """Precopy migration into a receiver that keeps the newest copy of each page.
 
-    From QEMU 8.1 on the switchover is held by never acknowledging it (`switchover-ack`) until the cut. Before,
-    QEMU stops a converged VM by itself and holds it (`pause-before-switchover`).
+    QEMU stops the VM when what is left can be sent within the downtime limit, and then waits
+    (`pause-before-switchover`) while the disks and taps are moved. A VM that does not get there within the bounds
+    raises DivergedError while it still runs or, with `force`, is stopped all the same.
     """
 
-    held: bool = True
-    precision: Precision = field(factory=Precision)
-    converged: bool = False
+    force: bool = False
+    bounds: Bounds = field(factory=Bounds)
+    forced: bool = False  #: the bounds ended it, not convergence
 
     engine = Engine.PRECOPY
+    capabilities = PRECOPY_CAPABILITIES
 
-    @property
-    def capabilities(self) -> frozenset[str]:
-        hold = {"return-path", "switchover-ack"} if self.held else {"pause-before-switchover"}
-        return frozenset({"events"} | hold)
-
-    async def _begin(self) -> None:
+    async def stop(self) -> None:
+        self.stopped = True
         await self._start_migration()
-        deadline = trio.current_time() + self.precision.time_s
-        while trio.current_time() < deadline:
+        self.mark = self.began
+        await self._converge()
+        with trio.fail_after(STEP_TIMEOUT_S):
+            await self._wait_migration("pre-switchover")
+            await self.qmp.execute_all(*self.disks.commands())
+            await self.move_taps()
+
+    async def _converge(self) -> None:
+        """Return when QEMU has stopped the VM, or was made to."""
+        deadline = trio.current_time() + self.bounds.time_s
+        limit_raised = False
+        while not self._has_stopped():
             info = await self.qmp.execute("query-migrate")
+            passes = info.get("ram", {}).get("dirty-sync-count", 0)
             if info["status"] in ("failed", "cancelled"):
-                await self._wait_migration("completed")
-            ram = info.get("ram", {})
-            passes = ram.get("dirty-sync-count", 0)
-            if info["status"] == "pre-switchover" or (
-                passes >= 2 and ram["remaining"] <= self.precision.remaining_bytes
-            ):
-                self.converged = True
                 return
-            if passes > self.precision.iterations:
+            if passes > self.bounds.passes or trio.current_time() > deadline:
+                await self._end_anyway()
                 return
-            await trio.sleep(0.005)
+            if passes > self.bounds.passes_at_first_limit and not limit_raised:
+                limit_raised = True
+                await self.qmp.execute("migrate-set-parameters", {"downtime-limit": self.bounds.last_limit_ms})
+            await trio.sleep(POLL_S)
+
+    def _has_stopped(self) -> bool:
+        return any(event.name == "STOP" for event in self.qmp.events[self.mark :]) or not self.was_running
+
+    async def _end_anyway(self) -> None:
+        if not self.force:
+            raise DivergedError(
+                "memory changes faster than precopy saves it",
+                where=f"VM {self.qmp.vm}",
+                advice="Take the engine background, or auto.",
+            )
+        self.forced = True
+        await self.qmp.execute("stop")
+
+    def explain(self, reason: str) -> str:
+        return f"{reason}; it did not converge within its bounds and was ended" if self.forced else reason
 
     async def _release(self) -> None:
-        if self.held:
-            await self.daemon.acknowledge()
-        else:
-            await self._wait_migration("pre-switchover")
-            await self.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+        await self.qmp.execute("migrate-continue", {"state": "pre-switchover"})
         await self._wait_migration("completed")
         if self.was_running:
             await cont(self.qmp)
@@ -248,20 +275,14 @@ class Precopy(Capture):
     async def complete(self) -> Captured:
         receipt, info = await self._finish()
         ram = info["ram"]
-        return Captured(
-            receipt=receipt,
-            total_ms=(trio.current_time() - self.started_s) * 1e3,
-            iterations=ram["dirty-sync-count"],
-            last_iteration_pages=ram.get("downtime-bytes", 0) // ram["page-size"],
-            stop_instant_s=self._instant("STOP"),
-            resume_instant_s=self._instant("RESUME"),
-        )
+        return self._captured(receipt, ram["dirty-sync-count"], ram.get("downtime-bytes", 0) // ram["page-size"])
 
 
 async def set_capabilities(qmp: Qmp, wanted: frozenset[str]) -> None:
     """Set exactly these of the capabilities that qsnap uses. QEMU checks here whether it can do them."""
-    known = {row["capability"] for row in await qmp.execute("query-migrate-capabilities")}
-    states = [{"capability": name, "state": name in wanted} for name in _CAPABILITIES if name in known]
+    states = [
+        {"capability": name, "state": name in wanted} for name in sorted(BACKGROUND_CAPABILITIES | PRECOPY_CAPABILITIES)
+    ]
     await qmp.execute("migrate-set-capabilities", {"capabilities": states})
 
 

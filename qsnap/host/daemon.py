@@ -17,8 +17,6 @@ from attrs import define, field
 
 from qsnap.errors import HostError, QemuError, QsnapError, StreamError
 
-PIPE_BYTES = 1 << 20  #: the most a pipe may hold without a privilege (fs.pipe-max-size)
-
 
 @define
 class Daemon:
@@ -32,10 +30,6 @@ class Daemon:
     ended: trio.Event = field(factory=trio.Event)
     result: dict[str, Any] = field(factory=dict)
     failure: QsnapError | None = None
-
-    async def acknowledge(self) -> None:
-        """Let a held precopy switch over."""
-        await self.status.send_all(b'{"command":"ack"}\n')
 
     async def wait_tracking(self) -> None:
         """Return once QEMU has saved its devices and tracks writes. Raises what ended the daemon before that."""
@@ -95,7 +89,6 @@ async def open_daemon(
     vm: str,
     backed: tuple[str, ...],
     ram_limit_bytes: int,
-    return_path: bool,
     on_bytes: Callable[[int], None],
 ) -> AsyncIterator[tuple[Daemon, int]]:
     """Start a receiver for one VM that writes into `directory`, and yield it with the descriptor for QEMU.
@@ -103,13 +96,12 @@ async def open_daemon(
     The caller closes its copy of that descriptor once QEMU has it. The process is gone when this ends.
     """
     ours, theirs = socket.socketpair()
-    stream_in, stream_out = _stream_pair(return_path)
+    stream_in, stream_out = os.pipe()
     options = [word for idstr in backed for word in ("--backed", idstr)]
     command = [
         *(sys.executable, "-m", "qsnap.host.receiver"),
         *("--stream", str(stream_in), "--status", str(theirs.fileno()), "--directory", str(directory)),
         *("--ram-limit", str(ram_limit_bytes), *options),
-        *(("--return-path",) if return_path else ()),
     ]
     fds = (stream_in, theirs.fileno())
     try:
@@ -126,10 +118,3 @@ async def open_daemon(
         with trio.CancelScope(shield=True):
             await process.wait()
             await daemon.status.aclose()
-
-
-def _stream_pair(return_path: bool) -> tuple[int, int]:
-    if not return_path:
-        return os.pipe()
-    ours, theirs = socket.socketpair()
-    return ours.detach(), theirs.detach()

@@ -178,8 +178,13 @@ async def choose_accelerator(wish: Accelerator, qemu: str) -> Accelerator:
 
 
 async def kvm_works(qemu: str) -> bool:
-    """Whether a boot sector runs under KVM. That /dev/kvm opens is no proof."""
-    if not may_open_kvm():
+    """Whether the processor virtualises and a boot sector runs under KVM. That /dev/kvm opens is no proof.
+
+    Without vmx or svm some kernels still offer KVM and emulate every instruction: a boot sector runs, Linux does not.
+    """
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    virtualises = flags is None or not {"vmx", "svm"}.isdisjoint(flags[1].split())
+    if not (virtualises and os.access("/dev/kvm", os.R_OK | os.W_OK)):
         return False
     with tempfile.NamedTemporaryFile(prefix="qsnap-kvm-") as sector:
         sector.write(_PROBE_SECTOR)
@@ -194,7 +199,3 @@ async def kvm_works(qemu: str) -> bool:
             return done.returncode == _PROBE_STATUS
     return False
 
-
-def may_open_kvm() -> bool:
-    """Whether /dev/kvm may be opened at all."""
-    return os.access("/dev/kvm", os.R_OK | os.W_OK)

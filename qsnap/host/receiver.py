@@ -206,6 +206,7 @@ class Receiver:
         self._status = status
         self._snapshot = snapshot
         self._reader = reader
+        self._received_bytes = 0
         self._tracking = False
         self._answers = answers
         self._owes_shut = answers
@@ -239,7 +240,8 @@ class Receiver:
         except ConnectionResetError:
             count = 0  # closed with an answer of ours unread; whether the stream is whole shows in its content
         self._reader.buffer_updated(count)
-        self._status.send_progress(self._reader.stream_offset)
+        self._received_bytes += count
+        self._status.send_progress(self._received_bytes)
 
     def _wait(self) -> None:
         """Until the stream has something; meanwhile do as the parent says, and notice when it is gone."""

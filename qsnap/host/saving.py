@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import trio
-from attrs import define, evolve, field, frozen
+from attrs import define, evolve, field
 
 from qsnap.errors import QsnapError, StateError
 from qsnap.host.bridges import Links, open_links
-from qsnap.host.capture import Background, Capture, Precopy, probe_background, probe_migration
+from qsnap.host.capture import Background, Capture, DivergedError, Precopy, probe_background, probe_migration
 from qsnap.host.daemon import open_daemon
 from qsnap.host.disks import DiskCut, Overlay, create_overlay
 from qsnap.host.place import Place, Progress, exclusive, no_progress
@@ -27,7 +27,7 @@ from qsnap.host.tasks import run_all
 from qsnap.model import Colour, Cut, DiskImage, Engine, RamBlockFile, Snapshot, StoredFile, VMSnapshot
 from qsnap.rules.colouring import Move, plan_direction, plan_moves
 from qsnap.rules.command import RAM_ID
-from qsnap.rules.engine import Decision, Facts, after_divergence, can_hold_switchover, choose_engine
+from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine
 from qsnap.rules.manifest import files_in
 
 DEVICE_RAM_BYTES = 2 << 30  #: allowed for in a stream beside the guest's memory: video RAM, ROMs, tables
@@ -57,11 +57,12 @@ async def snapshot(
         return await _Saving(live, name, engine, cut, runtime, progress).run()
 
 
-@frozen
+@define
 class Member:
     """One VM of a snapshot under way, prepared for its cut."""
 
     live: LiveVM
+    facts: Facts
     decision: Decision
     disks: DiskCut
     capture: Capture
@@ -108,7 +109,7 @@ class _Saving:
         self.undo.push_async_callback(self.links.apply, back)
         try:
             members = await run_all([partial(self._prepare, vm) for vm in self.live.vms])
-            await self._make_cut([member.capture for member in members])
+            await self._make_cut(members)
             saved = await self._commit(members)
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -123,18 +124,12 @@ class _Saving:
     async def _prepare(self, vm: LiveVM) -> Member:
         path = self.runtime.qmp_path(self.live.vne.name, vm.vm.name)
         qmp = await self.sessions.enter_async_context(open_qmp(path, vm=vm.vm.name))
-        facts = await gather_facts(qmp, vm, len(self.live.vms))
+        facts = await gather_facts(qmp, vm, waits=self.cut is Cut.BARRIER and len(self.live.vms) > 1)
         decision = choose_engine(self.wish, facts)
         self.progress("prepare", vm.vm.name, 0, 0)
         disks = await self._prepare_disks(vm, qmp)
         capture = await self._begin(vm, qmp, disks, facts, decision.engine)
-        if isinstance(capture, Precopy) and not capture.converged:
-            decision = after_divergence(self.wish, facts)
-            if decision.engine is Engine.BACKGROUND:
-                await capture.abort()
-                shutil.rmtree(self.directory / vm.vm.name)
-                capture = await self._begin(vm, qmp, disks, facts, decision.engine)
-        return Member(vm, decision, disks, capture)
+        return Member(vm, facts, decision, disks, capture)
 
     async def _prepare_disks(self, vm: LiveVM, qmp: Qmp) -> DiskCut:
         overlays = []
@@ -149,7 +144,6 @@ class _Saving:
         return disks
 
     async def _begin(self, vm: LiveVM, qmp: Qmp, disks: DiskCut, facts: Facts, engine: Engine) -> Capture:
-        held = engine is Engine.PRECOPY and can_hold_switchover(facts.qemu_version)
         directory = self.directory / vm.vm.name
         directory.mkdir(mode=0o700)
         daemon, stream_fd = await self.sessions.enter_async_context(
@@ -159,26 +153,42 @@ class _Saving:
                 vm=vm.vm.name,
                 backed=(RAM_ID,),
                 ram_limit_bytes=vm.vm.memory_bytes + DEVICE_RAM_BYTES,
-                return_path=held,
                 on_bytes=lambda done: self.progress("save", vm.vm.name, done, vm.vm.memory_bytes),
             )
         )
         move_taps = partial(self.links.apply, self._moves(vm, self.live.active.other))
         capture: Capture
         if engine is Engine.PRECOPY:
-            capture = Precopy(qmp, daemon, disks, facts.running, move_taps, held=held)
+            force = self.wish is Engine.PRECOPY or bool(facts.background_refusal)
+            capture = Precopy(qmp, daemon, disks, facts.running, move_taps, force=force)
         else:
             capture = Background(qmp, daemon, disks, facts.running, move_taps)
         self.undo.push_async_callback(_unless_dead, capture.abort)
         await capture.prepare(stream_fd)
         return capture
 
-    async def _make_cut(self, captures: list[Capture]) -> None:
+    async def _make_cut(self, members: list[Member]) -> None:
         if self.cut is Cut.BARRIER:
-            await run_all([capture.stop for capture in captures])
-            await run_all([capture.resume for capture in captures])
+            await run_all([partial(self._stop, member) for member in members])
+            await run_all([member.capture.resume for member in members])
         else:
-            await run_all([capture.stop_and_resume for capture in captures])
+            await run_all([partial(self._stop_and_resume, member) for member in members])
+
+    async def _stop_and_resume(self, member: Member) -> None:
+        await self._stop(member)
+        await member.capture.resume()
+
+    async def _stop(self, member: Member) -> None:
+        try:
+            await member.capture.stop()
+        except DivergedError:
+            await member.capture.abort()
+            shutil.rmtree(self.directory / member.live.vm.name)
+            member.decision = after_divergence()
+            member.capture = await self._begin(
+                member.live, member.capture.qmp, member.disks, member.facts, member.decision.engine
+            )
+            await member.capture.stop()
 
     async def _commit(self, members: list[Member]) -> Snapshot:
         known = await self._known_files()
@@ -219,7 +229,7 @@ class _Saving:
         return VMSnapshot(
             vm=vm.vm,
             engine=member.decision.engine,
-            reason=member.decision.reason,
+            reason=member.capture.explain(member.decision.reason),
             accelerator=vm.accelerator,
             qemu_version=vm.qemu_version,
             machine_type=vm.machine_type,
@@ -250,7 +260,7 @@ class _Saving:
             raise
 
 
-async def gather_facts(qmp: Qmp, vm: LiveVM, vms: int) -> Facts:
+async def gather_facts(qmp: Qmp, vm: LiveVM, *, waits: bool) -> Facts:
     """Ask QEMU what it can do with this VM now. Nothing is paused."""
     state = await qmp.execute("query-status")
     return Facts(
@@ -261,7 +271,7 @@ async def gather_facts(qmp: Qmp, vm: LiveVM, vms: int) -> Facts:
         running=state["status"] == "running",
         background_refusal=await probe_background(qmp),
         precopy_refusal=await probe_migration(qmp),
-        vms=vms,
+        waits=waits,
     )
 
 

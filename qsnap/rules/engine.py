@@ -16,7 +16,6 @@ from qsnap.model import Accelerator, Engine
 Version = tuple[int, int, int]
 
 TCG_PRECOPY_SINCE: Version = (9, 0, 0)  #: "dirty bitmap coherency with TCG memory access"; corrupt images before
-HELD_SWITCHOVER_SINCE: Version = (8, 1, 0)  #: capability switchover-ack
 
 
 @frozen
@@ -30,7 +29,7 @@ class Facts:
     running: bool
     background_refusal: str
     precopy_refusal: str
-    vms: int = 1  #: how many VMs are cut together
+    waits: bool = False  #: a barrier cut of several VMs: it stays paused until the slowest has stopped
 
 
 @frozen
@@ -63,8 +62,8 @@ def _choose(facts: Facts) -> Decision:
     background, precopy = _refusal(_check_background, facts), _refusal(_check_precopy, facts)
     if background is None and facts.hugetlb:
         return Decision(Engine.BACKGROUND, "RAM in huge pages: the shortest pause at any dirty rate")
-    if background is None and precopy is None and facts.vms > 1 and not can_hold_switchover(facts.qemu_version):
-        return Decision(Engine.BACKGROUND, "this QEMU cannot hold a precopy until the other VMs are ready")
+    if background is None and facts.waits:
+        return Decision(Engine.BACKGROUND, "a barrier cut: all VMs stop at once, and none waits for convergence")
     if precopy is None:
         why = "RAM in 4 KiB pages" if background is None else f"background refused: {background.message}"
         return Decision(Engine.PRECOPY, f"{why}; precopy loses less guest work while it converges")
@@ -77,11 +76,9 @@ def _choose(facts: Facts) -> Decision:
     )
 
 
-def after_divergence(wish: Engine, facts: Facts) -> Decision:
-    """What to do about a precopy that did not converge within its bounds."""
-    if wish is Engine.AUTO and not facts.background_refusal:
-        return Decision(Engine.BACKGROUND, "precopy did not converge: memory changes faster than it is saved")
-    return Decision(Engine.PRECOPY, "did not converge within its bounds; the cut ended it")
+def after_divergence() -> Decision:
+    """What follows on a precopy that did not converge within its bounds, where background is possible too."""
+    return Decision(Engine.BACKGROUND, "precopy did not converge: memory changes faster than it is saved")
 
 
 def _refusal(check: Callable[[Facts], None], facts: Facts) -> EngineRefusedError | None:
@@ -90,11 +87,6 @@ def _refusal(check: Callable[[Facts], None], facts: Facts) -> EngineRefusedError
     except EngineRefusedError as refusal:
         return refusal
     return None
-
-
-def can_hold_switchover(version: Version) -> bool:
-    """Whether a converged precopy can go on iterating until it is told to end."""
-    return version >= HELD_SWITCHOVER_SINCE
 
 
 def _check_background(facts: Facts) -> None:

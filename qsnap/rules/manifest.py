@@ -63,9 +63,7 @@ def parse_manifest(data: bytes, *, file: str) -> Snapshot:
     _check_self_digest(document, data, file)
     try:
         snapshot = _converter.structure(document.get("snapshot"), Snapshot)
-    except (
-        Exception
-    ) as error:  # cattrs groups what it finds; a hostile value can make it raise nearly anything
+    except Exception as error:  # cattrs groups what it finds; a hostile value can make it raise nearly anything
         reasons = "; ".join(transform_error(error, path="snapshot"))[:400]
         raise IntegrityError(f"not a snapshot: {reasons}", file=file, advice=_UNUSABLE) from None
     for fault in _faults(snapshot):

@@ -68,9 +68,7 @@ def take_seal(fd: int, file: str, report: Report) -> Seal:
     sha256 = _digest(fd, before.st_size, report)
     seal = seal_of(before, sha256)
     if seal != seal_of(os.fstat(fd), sha256):
-        raise IntegrityError(
-            "the file changed while it was read", file=file, advice="Find out what writes to it."
-        )
+        raise IntegrityError("the file changed while it was read", file=file, advice="Find out what writes to it.")
     return seal
 
 

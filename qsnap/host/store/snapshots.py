@@ -63,6 +63,11 @@ class Store:
     root: Path = field(converter=Path)
     _fresh: dict[str, Seals] = field(factory=dict, init=False)  # by VNE: of files that are in no snapshot yet
 
+    async def layers_directory(self, vne: str) -> Path:
+        """The directory for the disk layers of a VNE, made if it is missing."""
+        _check_names(vne)
+        return await trio.to_thread.run_sync(make_directories, self.root, vne, "disks")
+
     async def begin(self, vne: str, snapshot: str) -> Path:
         """A new, empty directory for a snapshot in the making; what a failed attempt left is removed first.
 
@@ -84,7 +89,7 @@ class Store:
         return StoredFile(relpath, seal.size_bytes, seal.sha256)
 
     async def commit(self, snapshot: Snapshot) -> None:
-        """Make `snapshot` exist. It does once this returns, and does not if this raises before the last step.
+        """Make `snapshot` exist: it does once this returns, and does not if this raises.
 
         Its files are those that `seal_file` returned, of this store object, or that are in other snapshots.
         Any other file is hashed here.
@@ -188,9 +193,7 @@ class Store:
 
     def _refuse_committed(self, vne: str, snapshot: str) -> None:
         if snapshot in self._snapshots(vne):
-            raise StateError(
-                f"there is a snapshot {snapshot} of {vne}", advice="Choose another name, or remove it."
-            )
+            raise StateError(f"there is a snapshot {snapshot} of {vne}", advice="Choose another name, or remove it.")
 
     def _seal(self, vne: str, relpath: str, report: Report) -> Seal:
         file = str(self.root / vne / relpath)
@@ -209,7 +212,12 @@ class Store:
         seals = self._seal_all(vne, files_in(snapshot), report)
         self._sync_directories(vne, files_in(snapshot))
         write_durably(directory / SEALS, encode_seals(seals))
-        write_durably(directory / MANIFEST, manifest)
+        try:
+            write_durably(directory / MANIFEST, manifest)
+        except HostError:
+            with suppress(OSError):
+                (directory / MANIFEST).unlink(missing_ok=True)
+            raise
 
     def _seal_all(self, vne: str, files: tuple[StoredFile, ...], report: Report) -> Seals:
         """Seals of `files`, known ones as far as possible. All are on stable storage afterwards."""
@@ -238,9 +246,7 @@ class Store:
     def _all_names(self, vne: str | None) -> tuple[tuple[str, str], ...]:
         if not self.root.parent.is_dir():
             message = "there is no store, and no directory to make it in"
-            raise HostError(
-                message, where=str(self.root), advice="Make the directory, or choose another store."
-            )
+            raise HostError(message, where=str(self.root), advice="Make the directory, or choose another store.")
         names = self._vnes() if vne is None else (vne,)
         return tuple((each, snapshot) for each in names for snapshot in self._snapshots(each))
 

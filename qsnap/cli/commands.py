@@ -1,0 +1,227 @@
+"""The commands. Each calls one function of the library and says how its answer looks; nothing is decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from functools import partial
+from typing import Any, TypeVar
+
+import click
+import trio
+
+import qsnap
+from qsnap.cli import tables
+from qsnap.cli.bars import progress_bars
+from qsnap.cli.group import MOST_COLUMNS, Group
+from qsnap.cli.names import complete_running, complete_saved, complete_snapshots, complete_vms
+from qsnap.cli.output import Answer, print_answer
+from qsnap.cli.settings import Settings
+from qsnap.host import console as terminal
+from qsnap.rules.manifest import files_in
+
+T = TypeVar("T")
+E = TypeVar("E", bound=Enum)
+F = TypeVar("F", bound=Callable[..., Any])
+
+running_vne = click.argument("vne", shell_complete=complete_running)
+saved_vne = click.argument("vne", shell_complete=complete_saved)
+saved_name = click.argument("name", shell_complete=complete_snapshots)
+
+
+def choice(option: str, values: type[E], default: E, help: str) -> Callable[[F], F]:
+    """An option that takes the values of an enum."""
+    return click.option(
+        option,
+        type=click.Choice([str(each.value) for each in values]),
+        default=str(default.value),
+        show_default=True,
+        help=help,
+        callback=lambda context, parameter, value: values(value),
+    )
+
+
+def call(settings: Settings, function: Callable[..., Awaitable[T]], *args: object, **kwargs: object) -> T:
+    """Run a function of the library to its end, at the place that the options name."""
+    return trio.run(partial(function, *args, place=settings.place, **kwargs))
+
+
+def call_with_bars(settings: Settings, function: Callable[..., Awaitable[T]], *args: object, **kwargs: object) -> T:
+    """The same for a function that may take its time."""
+    with progress_bars(wanted=not settings.json) as progress:
+        return call(settings, function, *args, progress=progress, **kwargs)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MOST_COLUMNS})
+@click.version_option(package_name="qsnap", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Save running virtual networks of QEMU VMs, and restore them.
+
+    A virtual networked environment (VNE) is a set of VMs and the networks between them. All its VMs are saved
+    as of one consistent moment, while they run.
+    """
+
+
+@cli.result_callback()
+@click.pass_obj
+def finish(settings: Settings, answer: Answer | None) -> None:
+    """Print what a command answers."""
+    if answer is not None:
+        print_answer(answer, settings)
+
+
+@cli.command(example="qsnap up lab.toml")
+@click.argument("lab", type=click.Path(), metavar="LAB.toml")
+@click.pass_obj
+def up(settings: Settings, lab: str) -> Answer:
+    """Start the VNE that LAB.toml describes.
+
+    All its VMs and networks live in a network namespace of their own. Needs root.
+    """
+    vne = qsnap.load_description(lab)
+    status = call_with_bars(settings, qsnap.up, vne)
+    hints = [
+        ("Its console", settings.command_line("console", vne.name, vne.vms[0].name)),
+        ("Save it", settings.command_line("snapshot", vne.name)),
+    ]
+    return Answer(status, tables.with_next(tables.statuses_text([status]), *hints))
+
+
+@cli.command(example="qsnap ps lab")
+@click.argument("vne", required=False, shell_complete=complete_running)
+@click.pass_obj
+def ps(settings: Settings, vne: str | None) -> Answer:
+    """Show the VMs of one VNE that is up, or of all."""
+    if vne is None:
+        everything = call(settings, qsnap.statuses)
+        return Answer(everything, tables.statuses_text(everything))
+    status = call(settings, qsnap.status, vne)
+    return Answer(status, tables.statuses_text([status]))
+
+
+@cli.command(example="qsnap snapshot lab before-update --cut barrier")
+@running_vne
+@click.argument("name", required=False)
+@choice("--engine", qsnap.Engine, qsnap.Engine.AUTO, "How the state of each VM is captured.")
+@choice("--cut", qsnap.Cut, qsnap.Cut.COLOUR, "What makes the states of all VMs one consistent state.")
+@click.pass_obj
+def snapshot(settings: Settings, vne: str, name: str | None, engine: qsnap.Engine, cut: qsnap.Cut) -> Answer:
+    """Save a running VNE as NAME; its VMs run on.
+
+    Without NAME, it is called after the date and time. It is kept in the store that was given to `qsnap up`.
+    """
+    store = settings.place.runtime().load(vne).store
+    saved = call_with_bars(settings, qsnap.snapshot, vne, name, engine=engine, cut=cut)
+    elsewhere = {} if store == str(settings.place.store) else {"store": store}
+    down = settings.command_line("down", vne)
+    hints = [
+        ("Look at it", settings.command_line("show", vne, saved.name, **elsewhere)),
+        ("Go back to it", f"{down} && {settings.command_line('restore', vne, saved.name, **elsewhere)}"),
+    ]
+    return Answer(saved, tables.with_next(_titled(f"Saved {vne}/{saved.name}.", saved), *hints))
+
+
+def _titled(title: str, saved: qsnap.Snapshot) -> tables.RenderableType:
+    return tables.Group(title, "", tables.captures_text(saved))
+
+
+@cli.command(example="qsnap restore lab before-update --ram eager")
+@saved_vne
+@saved_name
+@choice("--ram", qsnap.RamMode, qsnap.RamMode.AUTO, "Map the saved RAM copy-on-write, or copy it before the VMs run.")
+@click.option("--qemu", type=click.Path(), metavar="PATH", help="Take this QEMU instead of the one it was saved with.")
+@click.option("--paused", is_flag=True, help="Load the VMs and leave them paused.")
+@click.pass_obj
+def restore(
+    settings: Settings, vne: str, name: str, ram: qsnap.RamMode, qemu: str | None, paused: bool
+) -> Answer:
+    """Start a VNE as it was when NAME was saved. Needs root.
+
+    The VNE must not be running.
+    """
+    report = call_with_bars(settings, qsnap.restore, vne, name, ram=ram, qemu=qemu, paused=paused)
+    hint = ("Its state", settings.command_line("ps", vne))
+    return Answer(report, tables.with_next(tables.restored_text(report, paused=paused), hint))
+
+
+@cli.command(example="qsnap ls lab")
+@click.argument("vne", required=False, shell_complete=complete_saved)
+@click.pass_obj
+def ls(settings: Settings, vne: str | None) -> Answer:
+    """List the snapshots of one VNE or of all, the oldest first."""
+    found = call(settings, qsnap.snapshots, vne)
+    return Answer(found, tables.snapshots_text(found))
+
+
+@cli.command(example="qsnap show lab before-update")
+@saved_vne
+@saved_name
+@click.pass_obj
+def show(settings: Settings, vne: str, name: str) -> Answer:
+    """Show all that is known of a snapshot."""
+    saved = call(settings, qsnap.show, vne, name)
+    return Answer(saved, tables.details_text(saved))
+
+
+@cli.command(example="qsnap verify lab before-update")
+@saved_vne
+@saved_name
+@click.pass_obj
+def verify(settings: Settings, vne: str, name: str) -> Answer:
+    """Read every file of a snapshot, and fail at the first that is not what was stored."""
+    saved = call_with_bars(settings, qsnap.verify, vne, name)
+    return Answer(saved, tables.verified_text(saved))
+
+
+@cli.command(example="qsnap rm lab before-update after-update")
+@saved_vne
+@click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_snapshots)
+@click.pass_obj
+def rm(settings: Settings, vne: str, names: tuple[str, ...]) -> Answer:
+    """Remove snapshots, and the files that nothing else needs."""
+    removed = {name: call(settings, qsnap.remove, vne, name) for name in dict.fromkeys(names)}
+    return Answer(removed, tables.removed_text(vne, removed))
+
+
+@cli.command(example="qsnap down lab")
+@running_vne
+@click.pass_obj
+def down(settings: Settings, vne: str) -> Answer:
+    """End a VNE. What it did since its last snapshot is lost."""
+    call(settings, qsnap.down, vne)
+    return Answer(None, f"{vne} is down.")
+
+
+@cli.command(example="qsnap console lab alice")
+@running_vne
+@click.argument("vm", shell_complete=complete_vms)
+@click.pass_obj
+def console(settings: Settings, vne: str, vm: str) -> None:
+    """Use the serial console of a VM. Ctrl-] leaves.
+
+    Where the input is no terminal, it is copied to the console as it is; once it has ended, and the console has
+    said nothing for a second, the command ends. What was said before is in the file console.log of the run
+    directory.
+    """
+    path = qsnap.console_path(vne, vm, place=settings.place)
+    pid = settings.place.runtime().load(vne).find(vm).process.pid
+    interactive = click.get_text_stream("stdin").isatty()
+    if interactive:
+        click.echo(f"Console of {vm} in {vne}. Ctrl-] leaves.", err=True)
+    end = terminal.attach(path, pid, vm=vm)
+    if interactive:
+        click.echo("\n" + {"closed": f"{vm} has ended."}.get(end.value, f"Left the console of {vm}."), err=True)
+
+
+@cli.command(example='eval "$(qsnap completion bash)"')
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> Answer:
+    """Print the script that completes commands, options and names of things in a shell.
+
+    \b
+    bash: put into ~/.bashrc            eval "$(qsnap completion bash)"
+    zsh:  put into ~/.zshrc             eval "$(qsnap completion zsh)"
+    fish: run once                      qsnap completion fish > ~/.config/fish/completions/qsnap.fish
+    """
+    script = shell_script(shell)
+    return Answer(script, script)

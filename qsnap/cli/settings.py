@@ -1,0 +1,83 @@
+"""What every command can be told: where things are kept, and whether a program reads the answer."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import click
+from attrs import define, field
+from click.core import ParameterSource
+
+from qsnap import Place
+from qsnap.host.place import default_run_dir, default_store_dir
+
+
+@define
+class Settings:
+    """The shared options of one call. `typed` are the directories named on its command line, by option."""
+
+    run_dir: str | None = None
+    store: str | None = None
+    json: bool = False
+    typed: dict[str, str] = field(factory=dict)
+
+    @property
+    def place(self) -> Place:
+        """Where to look for running VNEs and for snapshots."""
+        given = {"run": self.run_dir, "store": self.store}
+        return Place(**{name: path for name, path in given.items() if path})  # type: ignore[arg-type]
+
+    def command_line(self, command: str, *arguments: str, **options: str) -> str:
+        """A command to type next: it looks in the same directories as this one."""
+        words = {**self.typed, **{f"--{name}": value for name, value in options.items()}}
+        return shlex.join(["qsnap", command, *arguments, *(word for pair in words.items() for word in pair)])
+
+
+def shared_options(*, environment: bool = False) -> list[click.Parameter]:
+    """The options that stand before a command or after it. The environment is asked once, before the command."""
+    directory = click.Path(file_okay=False)
+    return [
+        click.Option(
+            ["--run-dir"],
+            type=directory,
+            envvar="QSNAP_RUN" if environment else None,
+            show_envvar=True,
+            show_default=str(default_run_dir()),
+            help="Where running VNEs are kept.",
+            expose_value=False,
+            callback=_keep,
+        ),
+        click.Option(
+            ["--store"],
+            type=directory,
+            envvar="QSNAP_STORE" if environment else None,
+            show_envvar=True,
+            show_default=str(default_store_dir()),
+            help="Where snapshots are kept.",
+            expose_value=False,
+            callback=_keep,
+        ),
+        click.Option(
+            ["--json"],
+            is_flag=True,
+            help="Print the answer, and any error, as JSON.",
+            expose_value=False,
+            callback=_keep,
+        ),
+    ]
+
+
+def settings_of(context: click.Context) -> Settings:
+    """The settings of this call, made on first use."""
+    return context.ensure_object(Settings)
+
+
+def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:
+    assert option.name is not None
+    settings = settings_of(context)
+    if not value:
+        return
+    setattr(settings, option.name, value)
+    if option.name != "json" and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+        settings.typed[option.opts[0]] = value

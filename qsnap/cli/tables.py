@@ -1,0 +1,205 @@
+"""What people see of the library's values. Plain columns: nothing that a pipe or 80 columns would spoil."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qsnap import RestoreReport, Snapshot, VMStatus, VNEStatus
+from qsnap.cli.units import count_text, duration_text, instant_text, percent_text, size_text
+from qsnap.model import DiskImage, StoredFile, VMSnapshot, version_text
+
+NOTHING = "-"
+DIGEST_DIGITS = 12  #: of a SHA-256, enough to compare by eye
+_NUMERIC = frozenset({"PID", "MEMORY", "DOWNTIME", "TOTAL", "ITER.", "LAST PAGES", "IMAGE", "VMS", "SIZE"})
+_STATE_STYLES = {"running": "green", "paused": "yellow"}
+Cell = str | Text
+
+
+def statuses_text(vnes: Sequence[VNEStatus]) -> RenderableType:
+    """The VMs of all these VNEs."""
+    if not vnes:
+        return "No VNE is up."
+    header = ("VNE", "VM", "STATE", "PID", "ACCEL", "QEMU", "MEMORY", "NETNS")
+    return _table(header, [row for vne in vnes for row in _status_rows(vne)])
+
+
+def _status_rows(vne: VNEStatus) -> list[tuple[Cell, ...]]:
+    if not vne.vms:  # another qsnap is starting them, or was killed while it did
+        return [(vne.name, NOTHING, "no VM yet", NOTHING, NOTHING, NOTHING, NOTHING, vne.netns)]
+    return [_status_row(vne, vm) for vm in vne.vms]
+
+
+def _status_row(vne: VNEStatus, vm: VMStatus) -> tuple[Cell, ...]:
+    return (
+        vne.name,
+        vm.name,
+        Text(vm.state, style=_STATE_STYLES.get(vm.state, "red")),
+        str(vm.pid),
+        vm.accelerator.value,
+        version_text(vm.qemu_version),
+        size_text(vm.memory_bytes),
+        vne.netns,
+    )
+
+
+def captures_text(snapshot: Snapshot) -> RenderableType:
+    """What a snapshot cost each VM, how far apart they were stopped, and why their engines were chosen."""
+    header = ("VM", "ENGINE", "DOWNTIME", "TOTAL", "ITER.", "LAST PAGES", "IMAGE")
+    table = _table(header, [_capture_row(vm) for vm in snapshot.vms])
+    return Group(table, "", *_discrepancy(snapshot), *_reasons(snapshot.vms))
+
+
+def _capture_row(vm: VMSnapshot) -> tuple[str, ...]:
+    cost = vm.measurements
+    return (
+        vm.vm.name,
+        vm.engine.value,
+        _downtime(vm),
+        duration_text(cost.total_ms),
+        f"{cost.iterations}",
+        f"{cost.last_iteration_pages:,}",
+        f"{size_text(cost.image_bytes)} = {percent_text(cost.image_to_memory)}",
+    )
+
+
+def _downtime(vm: VMSnapshot) -> str:
+    return duration_text(vm.measurements.downtime_ms) if vm.was_running else "was paused"
+
+
+def _discrepancy(snapshot: Snapshot) -> list[str]:
+    stopped = sum(vm.was_running for vm in snapshot.vms)
+    if stopped < 2:
+        return []
+    return [f"Discrepancy: the VMs were stopped within {duration_text(snapshot.discrepancy_ms)} of each other."]
+
+
+def _reasons(vms: Iterable[VMSnapshot]) -> list[str]:
+    """Why each engine was chosen; VMs that share engine and reason share a line."""
+    chosen: dict[tuple[str, str], list[str]] = {}
+    for vm in vms:
+        chosen.setdefault((vm.engine.value, vm.reason), []).append(vm.vm.name)
+    if len(chosen) == 1:
+        return [f"Engine {engine}: {reason}." for engine, reason in chosen]
+    return [f"Engine {engine} for {', '.join(names)}: {reason}." for (engine, reason), names in chosen.items()]
+
+
+def snapshots_text(snapshots: Sequence[Snapshot]) -> RenderableType:
+    """One line for each snapshot."""
+    if not snapshots:
+        return "No snapshots."
+    header = ("VNE", "NAME", "CREATED", "VMS", "SIZE", "DOWNTIME", "CUT")
+    return _table(header, [_snapshot_row(snapshot) for snapshot in snapshots])
+
+
+def _snapshot_row(snapshot: Snapshot) -> tuple[str, ...]:
+    downtimes = [vm.measurements.downtime_ms for vm in snapshot.vms if vm.was_running]
+    return (
+        snapshot.vne.name,
+        snapshot.name,
+        instant_text(snapshot.created_s),
+        str(len(snapshot.vms)),
+        size_text(stored_bytes(snapshot)),
+        duration_text(max(downtimes)) if downtimes else "was paused",
+        snapshot.cut.value,
+    )
+
+
+def stored_bytes(snapshot: Snapshot) -> int:
+    """What a snapshot takes on disk. Disk layers that it shares with other snapshots are counted as its own."""
+    layers = {layer for vm in snapshot.vms for disk in vm.disks for layer in disk.layers}
+    images = sum(vm.measurements.image_bytes for vm in snapshot.vms)
+    return images + sum(layer.size_bytes for layer in layers)
+
+
+def details_text(snapshot: Snapshot) -> RenderableType:
+    """All that is known of a snapshot."""
+    facts = {
+        "snapshot": snapshot.name,
+        "VNE": snapshot.vne.name,
+        "created": instant_text(snapshot.created_s),
+        "cut": snapshot.cut.value,
+        "size": size_text(stored_bytes(snapshot)),
+        "networks": ", ".join(f"{network.name} (MTU {network.mtu})" for network in snapshot.vne.networks) or "none",
+    }
+    return Group(_facts(facts), "", captures_text(snapshot), *(_vm_details(vm) for vm in snapshot.vms))
+
+
+def _vm_details(vm: VMSnapshot) -> RenderableType:
+    nics = [f"{nic.network} {nic.mac} {nic.model}" for nic in vm.vm.nics]
+    facts = {
+        "memory": size_text(vm.vm.memory_bytes),
+        "processors": f"{vm.vm.vcpus}, {vm.accelerator.value}",
+        "machine": f"{vm.machine_type}, QEMU {version_text(vm.qemu_version)}",
+        "NICs": "\n".join(nics) or "none",
+        **{f"RAM {block.idstr}": _file(block.file) for block in vm.ram},
+        "devices": _file(vm.device_stream),
+        **{f"disk {index}": _disk(disk) for index, disk in enumerate(vm.disks)},
+        "hardware": " ".join(vm.hardware),
+    }
+    return Group("", Text(f"VM {vm.vm.name}", style="bold"), _facts(facts))
+
+
+def _disk(disk: DiskImage) -> str:
+    base = f"{disk.base} ({disk.base_format}, {size_text(disk.base_size_bytes)})"
+    return "\n".join([*map(_file, disk.layers), f"on {base}"])
+
+
+def _file(file: StoredFile) -> str:
+    return f"{file.path} {size_text(file.size_bytes)} sha256 {file.sha256[:DIGEST_DIGITS]}"
+
+
+def restored_text(report: RestoreReport, *, paused: bool) -> RenderableType:
+    """How long a restore took, and how each VM got its RAM."""
+    what = "is loaded and paused" if paused else "runs"
+    line = f"{report.snapshot.vne.name} {what} as it was in {report.snapshot.name}, {_after(report)}."
+    return Group(line, "", _table(("VM", "RAM"), list(report.ram.items())))
+
+
+def _after(report: RestoreReport) -> str:
+    return f"after {duration_text(report.ready_ms)}"
+
+
+def verified_text(snapshot: Snapshot, files: int, size_bytes: int) -> str:
+    """That a snapshot is what was stored."""
+    amount = f"{count_text(files, 'file')}, {size_text(size_bytes)}"
+    return f"{snapshot.vne.name}/{snapshot.name} is intact: {amount}."
+
+
+def removed_text(vne: str, removed: Mapping[str, Sequence[str]]) -> str:
+    """What is gone."""
+    lines = (f"Removed {vne}/{name} ({count_text(len(files), 'file')})." for name, files in removed.items())
+    return "\n".join(lines)
+
+
+def with_next(text: RenderableType, *hints: tuple[str, str]) -> RenderableType:
+    """An answer, and below it what to type next: (what it does, the command)."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold", style="cyan")
+    for purpose, command in hints:
+        table.add_row(f"{purpose}:", command)
+    return Group(text, "", table)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Table:
+    """Columns without lines. Where the terminal is too narrow, names are folded and numbers are not."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in header:
+        numeric = title in _NUMERIC
+        table.add_column(title, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _facts(facts: Mapping[str, str]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table

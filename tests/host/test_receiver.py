@@ -1,0 +1,289 @@
+"""The snapshot daemon as a real process, over real pipes and sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qsnap.host.receiver import file_name
+from tests.wire import building as b
+from tests.wire.folding import RECORDED, fold, read_recorded
+
+DEADLINE_S = 30
+BLOCKS = {"pc.ram": 64 * b.PAGE, "vga.vram": 4 * b.PAGE}
+A, B = b"a" * b.PAGE, b"b" * b.PAGE
+
+
+class Daemon:
+    """A receiver, the write end of its stream, and the parent's end of its status socket."""
+
+    def __init__(
+        self, directory: Path, *options: str, stream: socket.socket | None = None, backed: str = "pc.ram"
+    ) -> None:
+        read_fd, write_fd = (stream.detach(), -1) if stream else os.pipe()
+        self.stream = os.fdopen(write_fd, "wb", buffering=0) if write_fd >= 0 else None
+        self.status, theirs = socket.socketpair()
+        self.status.settimeout(DEADLINE_S)
+        command = [sys.executable, "-m", "qsnap.host.receiver", "--stream", str(read_fd), "--directory", str(directory)]
+        command += ["--status", str(theirs.fileno()), "--backed", backed, "--ram-limit", str(1 << 26), *options]
+        self.process = subprocess.Popen(command, pass_fds=(read_fd, theirs.fileno()))
+        os.close(read_fd)
+        theirs.close()
+        self.lines = self.status.makefile("r")
+
+    def message(self) -> dict[str, Any]:
+        """The next message other than progress; empty if the receiver has closed its end."""
+        while (message := json.loads(self.lines.readline() or "{}")).get("event") == "progress":
+            assert message["bytes"] >= 0
+        assert isinstance(message, dict)
+        return message
+
+    def send(self, data: bytes) -> None:
+        assert self.stream is not None
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self.stream.write(rest) :]
+
+    def finish(self, data: bytes = b"") -> dict[str, Any]:
+        """Send the rest of the stream; the last message."""
+        assert self.stream is not None
+        sender = threading.Thread(target=self._send_and_close, args=(data,))
+        sender.start()
+        message = self.message()
+        if message["event"] == "tracking":
+            message = self.message()
+        sender.join(DEADLINE_S)
+        return message
+
+    def _send_and_close(self, data: bytes) -> None:
+        assert self.stream is not None
+        with self.stream, contextlib.suppress(BrokenPipeError):
+            self.send(data)
+
+    def exit_code(self) -> int:
+        return self.process.wait(DEADLINE_S)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.lines.close()
+        self.status.close()
+        if self.stream is not None:
+            self.stream.close()
+
+
+@pytest.fixture
+def daemons(tmp_path: Path) -> Iterator[Any]:
+    """Starts receivers that write below tmp_path, and ends them."""
+    started: list[Daemon] = []
+
+    def start(*options: str, **arguments: Any) -> Daemon:
+        daemon = Daemon(tmp_path, *options, **arguments)
+        started.append(daemon)
+        assert daemon.message() == {"event": "ready"}
+        return daemon
+
+    yield start
+    for daemon in started:
+        daemon.close()
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_stream(name: str, daemons: Any, tmp_path: Path) -> None:
+    data = read_recorded(name)
+    daemon = daemons()
+    done = daemon.finish(data)
+    assert done["event"] == "done"
+    assert daemon.exit_code() == 0
+    original = fold([data])
+    again = fold([Path(done["device_stream"]).read_bytes()])
+    assert original.configuration is not None
+    assert original.end is not None
+    (block,) = done["blocks"]
+    zero = sum(idstr == "pc.ram" for idstr, _ in original.zero)
+    assert block == {
+        "idstr": "pc.ram",
+        "used_length": 4 << 20,
+        "file": str(tmp_path / "pc.ram.ram"),
+        "pages": 1024 - zero,
+        "zero_pages": zero,
+    }
+    assert (done["machine"], done["stream_bytes"]) == (original.configuration.machine, original.end.stream_bytes)
+    assert done["data_pages"] + done["zero_pages"] == len(original.sent)
+    assert Path(block["file"]).read_bytes() == original.images["pc.ram"]
+    assert again.sent == {key for key in original.sent if key[0] != "pc.ram"}
+    assert again.devices == original.devices
+    assert all(again.images[idstr] == image for idstr, image in original.images.items() if idstr != "pc.ram")
+
+
+def test_files_are_private_sparse_and_few(daemons: Any, tmp_path: Path) -> None:
+    daemon = daemons()
+    daemon.finish(b.stream(b.part(b.data_page(8 * b.PAGE, A, "pc.ram")), b.end(), blocks=BLOCKS))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["device.stream", "pc.ram.ram"]
+    status = (tmp_path / "pc.ram.ram").stat()
+    assert (status.st_mode & 0o777, status.st_size) == (0o600, BLOCKS["pc.ram"])
+    assert status.st_blocks * 512 < 4 * b.PAGE
+    assert (tmp_path / "device.stream").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_page_that_becomes_zero_reads_as_zero(daemons: Any, tmp_path: Path) -> None:
+    first = b.part(b.data_page(0, A, "pc.ram") + b.data_page(b.PAGE, A) + b.data_page(0, A, "vga.vram"))
+    second = b.part(b.zero_page(0, "pc.ram") + b.zero_page(0, "vga.vram") + b.data_page(b.PAGE, B, "pc.ram"))
+    done = daemons().finish(b.stream(first, second, b.end(), blocks=BLOCKS))
+    assert (tmp_path / "pc.ram.ram").read_bytes()[: 2 * b.PAGE] == bytes(b.PAGE) + B
+    assert (done["blocks"][0]["pages"], done["blocks"][0]["zero_pages"]) == (1, 1)
+    again = fold([(tmp_path / "device.stream").read_bytes()])
+    assert again.zero == again.sent == {("vga.vram", 0)}
+
+
+def test_tracking_is_told_before_the_stream_goes_on(daemons: Any) -> None:
+    daemon = daemons()
+    stream = b.stream(b.part(b.zero_page(0, "pc.ram")), b.end(), blocks=BLOCKS)
+    head = stream.index(b.part(b.zero_page(0, "pc.ram")))
+    first = head + 5 + len(b.zero_page(0, "pc.ram"))
+    daemon.send(stream[:first])
+    assert daemon.message() == {"event": "tracking"}
+    assert daemon.finish(stream[first:])["event"] == "done"
+
+
+def test_no_tracking_without_a_ram_record(daemons: Any) -> None:
+    daemon = daemons()
+    daemon.send(b.header() + b.setup(BLOCKS) + b.part(b""))
+    daemon.stream.close()
+    assert daemon.message()["event"] == "error"
+
+
+def test_return_path(daemons: Any) -> None:
+    source, theirs = socket.socketpair()
+    source.settimeout(DEADLINE_S)
+    daemon = daemons("--return-path", stream=theirs)
+    source.sendall(b.header() + b.command(1) + b.command(2, b"ping") + b.setup(BLOCKS))
+    assert source.recv(100) == b"\0\2\0\4ping"
+    daemon.status.sendall(b'{"command":')
+    daemon.status.sendall(b'"ack"}\n')
+    assert source.recv(100) == b"\0\7\0\0"
+    source.sendall(b.end() + b.devices())
+    assert source.recv(100) == b"\0\1\0\4\0\0\0\0"
+    source.close()
+    assert daemon.message()["event"] == "done"
+    assert daemon.exit_code() == 0
+
+
+def test_an_answer_left_unread_is_no_error(daemons: Any) -> None:
+    source, theirs = socket.socketpair()
+    daemon = daemons("--return-path", stream=theirs)
+    source.sendall(b.header() + b.command(2, b"ping") + b.setup(BLOCKS) + b.part(b.zero_page(0, "pc.ram")))
+    assert daemon.message() == {"event": "tracking"}
+    source.sendall(b.end() + b.devices())
+    source.close()
+    assert daemon.message()["event"] == "done"
+
+
+def test_without_return_path_a_ping_is_not_answered(daemons: Any) -> None:
+    stream = b.header() + b.command(1) + b.command(2, b"ping") + b.setup(BLOCKS) + b.end() + b.devices()
+    daemon = daemons()
+    assert daemon.finish(stream)["event"] == "done"
+    again = fold([(daemon_directory(daemon) / "device.stream").read_bytes()])
+    assert again.commands == []
+
+
+def daemon_directory(daemon: Daemon) -> Path:
+    arguments = daemon.process.args
+    assert isinstance(arguments, list)
+    return Path(str(arguments[arguments.index("--directory") + 1]))
+
+
+REFUSED = {
+    "truncated": read_recorded(RECORDED[0])[:-1],
+    "killed in RAM": read_recorded(RECORDED[0])[:300_000],
+    "no stream": b"GET / HTTP/1.1\r\n\r\n",
+    "nothing": b"",
+    "too large": b.header() + b.setup({"pc.ram": 1 << 40}),
+    "outside": b.header() + b.setup(BLOCKS) + b"\2" + b.part(b.zero_page(1 << 40, "pc.ram"))[1:],
+    "block missing": b.header() + b.setup({"mem0": b.PAGE}),
+}
+
+
+@pytest.mark.parametrize("data", REFUSED.values(), ids=REFUSED.keys())
+def test_refused_streams(data: bytes, daemons: Any) -> None:
+    daemon = daemons()
+    error = daemon.finish(data)
+    assert (error["event"], error["kind"]) == ("error", "stream")
+    assert 0 <= error["stream_offset"] <= len(data)
+    assert error["message"]
+    assert daemon.exit_code() == 9
+
+
+def test_device_state_beyond_its_limit(daemons: Any) -> None:
+    error = daemons("--tail-limit", "1000").finish(
+        b.stream(b.end(), blocks=BLOCKS, tail=b.devices(content=bytes(2000)))
+    )
+    assert "device state" in error["message"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")
+def test_a_full_file_system(daemons: Any, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], check=True)
+    try:
+        daemon = daemons()
+        error = daemon.finish(read_recorded(RECORDED[0]))
+        assert (error["event"], error["kind"]) == ("error", "space")
+        assert error["stream_offset"] > 0
+        assert daemon.exit_code() == 6
+        daemon.close()
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_no_directory(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path / "missing")
+    try:
+        assert daemon.message()["kind"] == "os"
+        assert daemon.exit_code() == 6
+    finally:
+        daemon.close()
+
+
+def test_sigterm(daemons: Any) -> None:
+    daemon = daemons()
+    daemon.send(b.header())
+    daemon.process.send_signal(signal.SIGTERM)
+    error = daemon.message()
+    assert (error["event"], error["kind"]) == ("error", "os")
+    assert daemon.exit_code() == 6
+
+
+@pytest.mark.parametrize("sent", [b"", b.header() + b.setup(BLOCKS) + b.part(b.zero_page(0, "pc.ram"))])
+def test_the_parent_is_gone(sent: bytes, daemons: Any) -> None:
+    daemon = daemons()
+    daemon.send(sent)
+    if sent:
+        assert daemon.message() == {"event": "tracking"}
+    daemon.lines.close()
+    daemon.status.close()
+    assert daemon.exit_code() == 6  # although the stream is open and nothing comes
+
+
+@pytest.mark.parametrize(
+    ("idstr", "name"),
+    [
+        ("pc.ram", "pc.ram.ram"),
+        ("/rom@etc/acpi/rsdp", "%2from%40etc%2facpi%2frsdp.ram"),
+        ("..", "%2e..ram"),
+        (".x", "%2ex.ram"),
+        ("a%2f", "a%252f.ram"),
+    ],
+)
+def test_file_names(idstr: str, name: str) -> None:
+    assert file_name(idstr) == name
