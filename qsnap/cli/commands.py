@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 import trio
+from click.shell_completion import BashComplete, FishComplete, ShellComplete, ZshComplete
 
 import qsnap
 from qsnap.cli import tables
@@ -18,11 +20,12 @@ from qsnap.cli.names import complete_running, complete_saved, complete_snapshots
 from qsnap.cli.output import Answer, print_answer
 from qsnap.cli.settings import Settings
 from qsnap.host import console as terminal
-from qsnap.rules.manifest import files_in
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Enum)
 F = TypeVar("F", bound=Callable[..., Any])
+
+SHELLS: dict[str, type[ShellComplete]] = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 
 running_vne = click.argument("vne", shell_complete=complete_running)
 saved_vne = click.argument("vne", shell_complete=complete_saved)
@@ -118,11 +121,7 @@ def snapshot(settings: Settings, vne: str, name: str | None, engine: qsnap.Engin
         ("Look at it", settings.command_line("show", vne, saved.name, **elsewhere)),
         ("Go back to it", f"{down} && {settings.command_line('restore', vne, saved.name, **elsewhere)}"),
     ]
-    return Answer(saved, tables.with_next(_titled(f"Saved {vne}/{saved.name}.", saved), *hints))
-
-
-def _titled(title: str, saved: qsnap.Snapshot) -> tables.RenderableType:
-    return tables.Group(title, "", tables.captures_text(saved))
+    return Answer(saved, tables.with_next(tables.saved_text(saved), *hints))
 
 
 @cli.command(example="qsnap restore lab before-update --ram eager")
@@ -132,9 +131,7 @@ def _titled(title: str, saved: qsnap.Snapshot) -> tables.RenderableType:
 @click.option("--qemu", type=click.Path(), metavar="PATH", help="Take this QEMU instead of the one it was saved with.")
 @click.option("--paused", is_flag=True, help="Load the VMs and leave them paused.")
 @click.pass_obj
-def restore(
-    settings: Settings, vne: str, name: str, ram: qsnap.RamMode, qemu: str | None, paused: bool
-) -> Answer:
+def restore(settings: Settings, vne: str, name: str, ram: qsnap.RamMode, qemu: str | None, paused: bool) -> Answer:
     """Start a VNE as it was when NAME was saved. Needs root.
 
     The VNE must not be running.
@@ -168,7 +165,10 @@ def show(settings: Settings, vne: str, name: str) -> Answer:
 @saved_name
 @click.pass_obj
 def verify(settings: Settings, vne: str, name: str) -> Answer:
-    """Read every file of a snapshot, and fail at the first that is not what was stored."""
+    """Check a snapshot: read every file of it.
+
+    Fails at the first file that is not what was stored.
+    """
     saved = call_with_bars(settings, qsnap.verify, vne, name)
     return Answer(saved, tables.verified_text(saved))
 
@@ -205,7 +205,7 @@ def console(settings: Settings, vne: str, vm: str) -> None:
     """
     path = qsnap.console_path(vne, vm, place=settings.place)
     pid = settings.place.runtime().load(vne).find(vm).process.pid
-    interactive = click.get_text_stream("stdin").isatty()
+    interactive = sys.stdin.isatty()
     if interactive:
         click.echo(f"Console of {vm} in {vne}. Ctrl-] leaves.", err=True)
     end = terminal.attach(path, pid, vm=vm)
@@ -214,14 +214,16 @@ def console(settings: Settings, vne: str, vm: str) -> None:
 
 
 @cli.command(example='eval "$(qsnap completion bash)"')
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=click.Choice(list(SHELLS)))
 def completion(shell: str) -> Answer:
-    """Print the script that completes commands, options and names of things in a shell.
+    """Print the completion script of a shell.
+
+    It completes commands and options, and the names of VNEs, VMs and snapshots.
 
     \b
     bash: put into ~/.bashrc            eval "$(qsnap completion bash)"
     zsh:  put into ~/.zshrc             eval "$(qsnap completion zsh)"
     fish: run once                      qsnap completion fish > ~/.config/fish/completions/qsnap.fish
     """
-    script = shell_script(shell)
+    script = SHELLS[shell](cli, {}, "qsnap", "_QSNAP_COMPLETE").source()
     return Answer(script, script)

@@ -43,13 +43,22 @@ class Group(click.Group):
         with formatter.section("Exit codes"):
             formatter.write_dl([(str(code), meaning) for code, meaning in exit_codes()])
         with formatter.section("Example"):
-            for line in ("qsnap up lab.toml", "qsnap snapshot lab before", "qsnap down lab", "qsnap restore lab before"):
+            for line in (
+                "qsnap up lab.toml",
+                "qsnap snapshot lab before",
+                "qsnap down lab",
+                "qsnap restore lab before",
+            ):
                 formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
 
 def exit_codes() -> list[tuple[int, str]]:
     """Every exit code with its meaning: the first sentence that the class of the error says of itself."""
-    own = [(0, "It is done."), (2, "The command line is wrong."), (INTERRUPTED, "Interrupted; what was begun is undone.")]
+    own = [
+        (0, "It is done."),
+        (2, "The command line is wrong."),
+        (INTERRUPTED, "Interrupted; what was begun is undone."),
+    ]
     return sorted([*own, *((error.exit_code, _meaning(error)) for error in _error_classes(QsnapError))])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import click
@@ -26,7 +27,7 @@ class Settings:
     def place(self) -> Place:
         """Where to look for running VNEs and for snapshots."""
         given = {"run": self.run_dir, "store": self.store}
-        return Place(**{name: path for name, path in given.items() if path})  # type: ignore[arg-type]
+        return Place(**{name: path for name, path in given.items() if path})
 
     def command_line(self, command: str, *arguments: str, **options: str) -> str:
         """A command to type next: it looks in the same directories as this one."""
@@ -36,28 +37,9 @@ class Settings:
 
 def shared_options(*, environment: bool = False) -> list[click.Parameter]:
     """The options that stand before a command or after it. The environment is asked once, before the command."""
-    directory = click.Path(file_okay=False)
     return [
-        click.Option(
-            ["--run-dir"],
-            type=directory,
-            envvar="QSNAP_RUN" if environment else None,
-            show_envvar=True,
-            show_default=str(default_run_dir()),
-            help="Where running VNEs are kept.",
-            expose_value=False,
-            callback=_keep,
-        ),
-        click.Option(
-            ["--store"],
-            type=directory,
-            envvar="QSNAP_STORE" if environment else None,
-            show_envvar=True,
-            show_default=str(default_store_dir()),
-            help="Where snapshots are kept.",
-            expose_value=False,
-            callback=_keep,
-        ),
+        _directory("--run-dir", "Where running VNEs are kept.", "QSNAP_RUN", default_run_dir(), environment),
+        _directory("--store", "Where snapshots are kept.", "QSNAP_STORE", default_store_dir(), environment),
         click.Option(
             ["--json"],
             is_flag=True,
@@ -66,6 +48,17 @@ def shared_options(*, environment: bool = False) -> list[click.Parameter]:
             callback=_keep,
         ),
     ]
+
+
+def _directory(option: str, purpose: str, variable: str, default: Path, environment: bool) -> click.Option:
+    return click.Option(
+        [option],
+        type=click.Path(file_okay=False),
+        envvar=variable if environment else None,
+        help=f"{purpose}  [{variable}, else {default}]",
+        expose_value=False,
+        callback=_keep,
+    )
 
 
 def settings_of(context: click.Context) -> Settings:

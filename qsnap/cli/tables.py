@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Group, RenderableType
@@ -11,6 +12,7 @@ from rich.text import Text
 from qsnap import RestoreReport, Snapshot, VMStatus, VNEStatus
 from qsnap.cli.units import count_text, duration_text, instant_text, percent_text, size_text
 from qsnap.model import DiskImage, StoredFile, VMSnapshot, version_text
+from qsnap.rules.manifest import files_in
 
 NOTHING = "-"
 DIGEST_DIGITS = 12  #: of a SHA-256, enough to compare by eye
@@ -44,6 +46,11 @@ def _status_row(vne: VNEStatus, vm: VMStatus) -> tuple[Cell, ...]:
         size_text(vm.memory_bytes),
         vne.netns,
     )
+
+
+def saved_text(snapshot: Snapshot) -> RenderableType:
+    """A snapshot that was just taken."""
+    return Group(f"Saved {snapshot.vne.name}/{snapshot.name}.", "", captures_text(snapshot))
 
 
 def captures_text(snapshot: Snapshot) -> RenderableType:
@@ -138,7 +145,7 @@ def _vm_details(vm: VMSnapshot) -> RenderableType:
         **{f"RAM {block.idstr}": _file(block.file) for block in vm.ram},
         "devices": _file(vm.device_stream),
         **{f"disk {index}": _disk(disk) for index, disk in enumerate(vm.disks)},
-        "hardware": " ".join(vm.hardware),
+        "hardware": shlex.join(vm.hardware),
     }
     return Group("", Text(f"VM {vm.vm.name}", style="bold"), _facts(facts))
 
@@ -155,17 +162,15 @@ def _file(file: StoredFile) -> str:
 def restored_text(report: RestoreReport, *, paused: bool) -> RenderableType:
     """How long a restore took, and how each VM got its RAM."""
     what = "is loaded and paused" if paused else "runs"
-    line = f"{report.snapshot.vne.name} {what} as it was in {report.snapshot.name}, {_after(report)}."
+    vne, name = report.snapshot.vne.name, report.snapshot.name
+    line = f"{vne} {what} as it was in {name}, after {duration_text(report.ready_ms)}."
     return Group(line, "", _table(("VM", "RAM"), list(report.ram.items())))
 
 
-def _after(report: RestoreReport) -> str:
-    return f"after {duration_text(report.ready_ms)}"
-
-
-def verified_text(snapshot: Snapshot, files: int, size_bytes: int) -> str:
+def verified_text(snapshot: Snapshot) -> str:
     """That a snapshot is what was stored."""
-    amount = f"{count_text(files, 'file')}, {size_text(size_bytes)}"
+    files = files_in(snapshot)
+    amount = f"{count_text(len(files), 'file')}, {size_text(sum(file.size_bytes for file in files))}"
     return f"{snapshot.vne.name}/{snapshot.name} is intact: {amount}."
 
 

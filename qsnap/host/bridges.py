@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import queue
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import trio
 from attrs import define, field
@@ -15,6 +17,21 @@ from pyroute2.netlink.exceptions import NetlinkError
 from qsnap.errors import HostError
 from qsnap.host.netns import run_in_netns
 from qsnap.rules.colouring import AddBridge, AddLink, AddTap, LinkStep, Move, SetPort
+
+TUN_DEVICE = "/dev/net/tun"
+NEEDED_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}  #: bits, from linux/capability.h
+
+
+def check_networking() -> None:
+    """Raise HostError if this process may not make networks, or this host can make no taps."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.partition("\nCapEff:")[2].split()[0], 16)
+    lacking = [name for name, bit in NEEDED_CAPABILITIES.items() if not effective >> bit & 1]
+    if lacking:
+        raise HostError(f"making networks takes {' and '.join(lacking)}", advice="Run qsnap as root.")
+    if not os.access(TUN_DEVICE, os.R_OK | os.W_OK):
+        reason = "cannot be opened" if os.path.exists(TUN_DEVICE) else "is missing"
+        raise HostError(f"it {reason}, and VMs need taps", where=TUN_DEVICE, advice="Load the kernel module tun.")
 
 
 @define

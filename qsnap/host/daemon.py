@@ -105,7 +105,10 @@ async def open_daemon(
     ]
     fds = (stream_in, theirs.fileno())
     try:
-        process = await trio.lowlevel.open_process(command, pass_fds=fds, stdin=subprocess.DEVNULL)
+        # in a session of its own: Ctrl-C is for qsnap to deal with, which ends this process in due course
+        process = await trio.lowlevel.open_process(
+            command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
+        )
     finally:
         theirs.close()
         os.close(stream_in)

@@ -12,6 +12,7 @@ from attrs import evolve, frozen
 
 from qsnap.errors import StateError
 from qsnap.host import hugepages
+from qsnap.host.bridges import check_networking
 from qsnap.host.netns import remove_netns
 from qsnap.host.place import Place, Progress, exclusive, no_progress
 from qsnap.host.qemu import choose_accelerator, end_process, find_processes
@@ -56,6 +57,7 @@ async def up(vne: VNE, *, place: Place | None = None, progress: Progress = no_pr
 
     Raises StateError if it is up already. On any failure everything that was made is taken away again.
     """
+    check_networking()
     place = place or Place()
     runtime = place.runtime()
     async with exclusive(runtime, vne.name):
@@ -94,6 +96,7 @@ async def _bring_up(live: LiveVNE, runtime: Runtime, progress: Progress) -> None
 
 
 async def _start(live: LiveVNE, runtime: Runtime, start: Start, progress: Progress) -> LiveVM:
+    progress("start", start.vm.name, 0, 1)
     process, disks = await start_process(live, runtime, start)
     async with open_qmp(runtime.qmp_path(live.vne.name, start.vm.name), vm=start.vm.name) as qmp:
         started = await describe(qmp, start, process, disks)

@@ -15,6 +15,7 @@ from attrs import define, evolve, field, frozen
 
 from qsnap.errors import HostError, IntegrityError, QemuError, StateError
 from qsnap.host import hugepages
+from qsnap.host.bridges import check_networking
 from qsnap.host.lifecycle import take_down
 from qsnap.host.place import Place, Progress, exclusive, no_progress
 from qsnap.host.qemu import kvm_works, last_words, program_version
@@ -56,6 +57,7 @@ async def restore(
     the first altered file; whatever fails, nothing stays behind.
     """
     started_s = trio.current_time()
+    check_networking()
     place = place or Place()
     runtime = place.runtime()
     async with exclusive(runtime, vne):
@@ -140,6 +142,7 @@ class _Restoring:
                 )
 
     async def _load(self, live: LiveVNE, index: int, saved: VMSnapshot) -> tuple[LiveVM, Qmp]:
+        self.progress("load", saved.vm.name, 0, 1)
         vm = evolve(saved.vm, qemu=self.qemu or saved.vm.qemu)
         with ExitStack() as fds:
             ram = await self._provide_ram(saved, fds)
@@ -148,6 +151,10 @@ class _Restoring:
             process, layers = await start_process(live, self.runtime, start)
         path = self.runtime.qmp_path(live.vne.name, vm.name)
         qmp = await self.sessions.enter_async_context(open_qmp(path, vm=vm.name))
+        # a UART that was saved while it sent waits for a listener, and without one at load it is silent for ever
+        # (serial_post_load, hw/char/serial.c), so there is one until the guest runs
+        console = self.runtime.console_path(live.vne.name, vm.name)
+        await self.sessions.enter_async_context(await trio.open_unix_socket(console))
         described = await describe(qmp, start, process, layers)
         try:
             await feed(qmp, self._stored(saved.device_stream))
@@ -220,7 +227,8 @@ def choose_ram(mode: RamMode, accelerator: Accelerator, version: Version, path: 
     that is unsafe it gets RAM of its own.
     """
     if mode is not RamMode.AUTO:
-        return mode is RamMode.EAGER, "asked for"
+        eager = mode is RamMode.EAGER
+        return eager, f"{'copied' if eager else 'mapped from the flat file, copy-on-write'}, as asked for"
     if precopy_is_safe(version, accelerator) or is_memory_file(path):
         return False, "mapped from the flat file, copy-on-write"
     return True, "copied: mapped from a disk, this QEMU could not save it again (precopy under TCG needs 9.0)"

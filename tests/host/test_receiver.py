@@ -139,12 +139,20 @@ def test_files_are_private_sparse_and_few(daemons: Any, tmp_path: Path) -> None:
 
 def test_a_page_that_becomes_zero_reads_as_zero(daemons: Any, tmp_path: Path) -> None:
     first = b.part(b.data_page(0, A, "pc.ram") + b.data_page(b.PAGE, A) + b.data_page(0, A, "vga.vram"))
-    second = b.part(b.zero_page(0, "pc.ram") + b.zero_page(0, "vga.vram") + b.data_page(b.PAGE, B, "pc.ram"))
+    second = b.part(b.zero_page(0, "pc.ram") + b.data_page(b.PAGE, B) + b.zero_page(0, "vga.vram"))
     done = daemons().finish(b.stream(first, second, b.end(), blocks=BLOCKS))
     assert (tmp_path / "pc.ram.ram").read_bytes()[: 2 * b.PAGE] == bytes(b.PAGE) + B
     assert (done["blocks"][0]["pages"], done["blocks"][0]["zero_pages"]) == (1, 1)
     again = fold([(tmp_path / "device.stream").read_bytes()])
     assert again.zero == again.sent == {("vga.vram", 0)}
+
+
+def test_a_page_that_is_no_longer_zero_is_sent_as_it_is(daemons: Any, tmp_path: Path) -> None:
+    both = b.zero_page(0, "vga.vram") + b.zero_page(b.PAGE) + b.data_page(0, A)
+    done = daemons().finish(b.stream(b.part(both), b.end(), blocks=BLOCKS))
+    again = fold([(tmp_path / "device.stream").read_bytes()])
+    assert again.images["vga.vram"][: 2 * b.PAGE] == A + bytes(b.PAGE)
+    assert (done["data_pages"], done["zero_pages"]) == (1, 1)
 
 
 def test_tracking_is_told_before_the_stream_goes_on(daemons: Any) -> None:
@@ -273,6 +281,20 @@ def test_the_parent_is_gone(sent: bytes, daemons: Any) -> None:
     daemon.lines.close()
     daemon.status.close()
     assert daemon.exit_code() == 6  # although the stream is open and nothing comes
+
+
+def test_status_may_be_a_pipe_whose_reader_goes_away(tmp_path: Path) -> None:
+    stream, stream_end = os.pipe()
+    status_end, status = os.pipe()
+    command = [sys.executable, "-m", "qsnap.host.receiver", "--stream", str(stream), "--directory", str(tmp_path)]
+    command += ["--status", str(status), "--ram-limit", "1"]
+    with subprocess.Popen(command, pass_fds=(stream, status)) as process:
+        os.close(status)
+        with os.fdopen(status_end, "rb") as lines:
+            assert json.loads(lines.readline()) == {"event": "ready"}
+        assert process.wait(DEADLINE_S) == 6
+    os.close(stream)
+    os.close(stream_end)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,12 @@ def chunked(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
     yield data[begin:]
 
 
+def drain(reader: StreamReader) -> Iterator[Event]:
+    """What the reader makes of the data it has."""
+    while (event := reader.next_event()) is not None:
+        yield event
+
+
 def events(reader: StreamReader, chunks: Iterable[bytes]) -> Iterator[Event]:
     """Feed a reader and hand out its events while their buffers are valid."""
     for chunk in chunks:
@@ -99,10 +105,10 @@ def events(reader: StreamReader, chunks: Iterable[bytes]) -> Iterator[Event]:
             buffer[:size] = rest[:size]
             reader.buffer_updated(size)
             rest = rest[size:]
-            yield from iter(reader.next_event, None)
+            yield from drain(reader)
     reader.get_buffer()
     reader.buffer_updated(0)
-    yield from iter(reader.next_event, None)
+    yield from drain(reader)
 
 
 def make_reader(ram_limit_bytes: int = LIMIT, tail_limit_bytes: int = LIMIT) -> StreamReader:

@@ -121,5 +121,6 @@ def read_or_refused(stream: bytes, sizes: list[int]) -> Folded | None:
     try:
         return fold(chunked(stream, sizes), reader)
     except StreamError as error:
-        assert 0 <= error.stream_offset <= len(stream)
-        return None
+        refused = error
+    assert 0 <= refused.stream_offset <= len(stream)
+    return None

@@ -58,7 +58,7 @@ def test_byte_by_byte() -> None:
 @pytest.mark.parametrize("name", RECORDED)
 def test_no_shorter_stream_is_taken_for_whole(name: str) -> None:
     data = read_recorded(name)
-    cuts = {*range(0, 400), *range(len(data) - 300, len(data)), *random.Random(name).sample(range(len(data)), 150)}
+    cuts = {*range(400), *range(len(data) - 300, len(data)), *random.Random(name).sample(range(len(data)), 150)}
     for cut in sorted(cuts):
         with pytest.raises(StreamError, match="truncated") as caught:
             fold([data[:cut]])

@@ -12,7 +12,7 @@ from qsnap.wire.records import CommandType
 from qsnap.wire.stream import StreamReader
 
 from . import building as b
-from .folding import events, fold, make_reader
+from .folding import drain, events, fold, make_reader
 
 BLOCKS = {"pc.ram": 16 * b.PAGE, "vga.vram": 2 * b.PAGE}
 HEAD = b.header() + b.setup(BLOCKS)
@@ -97,7 +97,7 @@ def test_is_complete_before_the_channel_closes() -> None:
         begin = reader.stream_offset
         buffer[:size] = stream[begin : begin + size]
         reader.buffer_updated(size)
-        list(iter(reader.next_event, None))
+        list(drain(reader))
     assert reader.is_complete()
 
 

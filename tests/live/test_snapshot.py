@@ -1,0 +1,57 @@
+"""A live network is saved under traffic, killed, restored, and proven to be what it was at the cut."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import trio
+
+import qsnap
+from qsnap import Backing, Cut, Engine
+from tests.live.lab import QEMU_7, QEMU_11, check_continues, judge, make_vne, open_consoles, wait_ready
+
+KINDS = {
+    "7.2-background-colour-anonymous": (QEMU_7, "pc", Engine.BACKGROUND, Cut.COLOUR, Backing.ANONYMOUS),
+    "7.2-background-barrier-hugetlb-q35": (QEMU_7, "q35", Engine.BACKGROUND, Cut.BARRIER, Backing.HUGETLB),
+    "11.1-background-barrier-memfd": (QEMU_11, "pc", Engine.BACKGROUND, Cut.BARRIER, Backing.MEMFD),
+    "11.1-precopy-colour-anonymous-q35": (QEMU_11, "q35", Engine.PRECOPY, Cut.COLOUR, Backing.ANONYMOUS),
+    "11.1-precopy-barrier-hugetlb": (QEMU_11, "pc", Engine.PRECOPY, Cut.BARRIER, Backing.HUGETLB),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+async def test_first_light(kind: tuple[str, str, Engine, Cut, Backing], place: qsnap.Place) -> None:
+    qemu, machine, engine, cut, backing = kind
+    vne = make_vne("light", qemu=qemu, machine=machine, backing=backing, extra=("-device", "VGA"))
+    started = await qsnap.up(vne, place=place)
+    async with open_consoles("light", place) as consoles:
+        await wait_ready(consoles)
+        saved = await qsnap.snapshot("light", "cut", engine=engine, cut=cut, place=place)
+        await trio.sleep(1)
+        for status in (await qsnap.status("light", place=place)).vms:
+            assert status.state == "running"
+    for vm in started.vms:
+        os.kill(vm.pid, signal.SIGKILL)
+    check_measurements(saved, engine)
+
+    verdict = judge(saved, place)
+    assert verdict.orphans == 0
+    assert verdict.wrong_stamps == 0
+
+    await qsnap.restore("light", "cut", place=place)
+    async with open_consoles("light", place) as consoles:
+        await check_continues(consoles, verdict.states)
+
+
+def check_measurements(saved: qsnap.Snapshot, engine: Engine) -> None:
+    for vm in saved.vms:
+        taken = vm.measurements
+        assert vm.engine is engine
+        assert 0 < taken.downtime_ms < taken.total_ms
+        assert taken.resume_instant_s - taken.stop_instant_s == pytest.approx(taken.downtime_ms / 1e3)
+        assert taken.iterations >= 1
+        assert 0 < taken.image_to_memory < 1.1
+    stops = [vm.measurements.stop_instant_s for vm in saved.vms]
+    assert saved.discrepancy_ms == pytest.approx((max(stops) - min(stops)) * 1e3)
