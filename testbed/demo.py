@@ -1,0 +1,332 @@
+"""The demonstration: three VMs saved while they talk, killed, and brought back; see scripts/demo."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+from attrs import define, field
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import qsnap
+from testbed.guests import GuestConsole, GuestConsoleError
+from testbed.proofs import (
+    Cut,
+    DisprovedError,
+    Proof,
+    prove_consistent,
+    prove_memory,
+    prove_network,
+    prove_streams,
+    prove_went_back,
+    read_cut,
+)
+from testbed.state import GuestState
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parents[1]
+DESCRIPTION = ROOT / "scenarios/demo/vne.toml"
+STORE = ROOT / "build/demo-store"
+SNAPSHOT = "under-traffic"
+TRAFFIC_S = 3.0  #: before the snapshot, so that there is something to lose
+RUN_ON_S = 2.0  #: between the snapshot and the kill, and again after the restore
+READY_S = 120.0
+DEADLINE_S = 60.0
+COLUMNS = 110
+
+
+class Screen:
+    """What is shown: steps with a mark and a time. On a terminal the step under way turns a spinner."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, markup=False, emoji=False)
+        if not self.console.is_terminal:
+            self.console.width = COLUMNS
+
+    def say(self, text: str = "", style: str = "") -> None:
+        """A line."""
+        self.console.print(Text(text, style=style))
+
+    @contextmanager
+    def step(self, doing: str) -> Iterator[list[str]]:
+        """A step that takes time. What is put in the list replaces its text once it is done."""
+        done: list[str] = []
+        started_s = time.monotonic()
+        with self.console.status(doing):
+            yield done
+        self.mark("".join(done) or doing, f"{time.monotonic() - started_s:.1f} s")
+
+    def mark(self, text: str, aside: str = "") -> None:
+        """Something that is done or holds, and a remark in grey behind it."""
+        line = Text.assemble((" ✓ ", "bold green"), text, (f"  {aside}" if aside else "", "dim"))
+        self.console.print(line, soft_wrap=True)
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A small table below a step."""
+        table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+        table.add_column("  ")
+        for number, title in enumerate(header):
+            table.add_column(title, justify="right" if number else "left", no_wrap=True)
+        for row in rows:
+            table.add_row("", *row)
+        self.console.print(table)
+
+
+@define
+class Demo:
+    """The run of the demonstration."""
+
+    vne: qsnap.VNE
+    place: qsnap.Place
+    screen: Screen = field(factory=Screen)
+
+    async def run(self, keep: bool) -> None:
+        """All of it, in the order in which it is shown. With `keep` the VNE and the snapshot are left."""
+        await self.check_not_up()
+        shutil.rmtree(self.place.store, ignore_errors=True)
+        try:
+            await self.show_all()
+        except BaseException:
+            await self.clear()
+            raise
+        if not keep:
+            with self.screen.step("Taking everything down") as done:
+                await self.clear()
+                done.append("Taken down; nothing is left")
+
+    async def show_all(self) -> None:
+        """From the start of the VMs to the proofs."""
+        await self.start()
+        saved = await self.save()
+        killed = await self.run_on_and_kill()
+        restored = await self.restore()
+        end = await self.finish()
+        cuts = await self.examine(saved)
+        self.conclude(cuts, killed, restored, end)
+
+    async def check_not_up(self) -> None:
+        """A VNE of this name may be someone's: leave it alone."""
+        if await self.is_up():
+            advice = f".venv/bin/qsnap down {self.vne.name}"
+            raise qsnap.StateError(f"a VNE {self.vne.name} is up already; take it down first", advice=advice)
+
+    async def is_up(self) -> bool:
+        """Whether the VNE is up, its VMs alive or not."""
+        return any(status.name == self.vne.name for status in await qsnap.statuses(place=self.place))
+
+    async def clear(self) -> None:
+        """Take away the VNE and the snapshot."""
+        with trio.CancelScope(shield=True):
+            if await self.is_up():
+                await qsnap.down(self.vne.name, place=self.place)
+            shutil.rmtree(self.place.store, ignore_errors=True)
+
+    async def start(self) -> None:
+        """Three running guests, talking to each other."""
+        with self.screen.step("Starting three VMs") as done:
+            status = await qsnap.up(self.vne, place=self.place)
+            done.append(describe(status))
+        with self.screen.step("Booting the guests") as done:
+            async with self.consoles() as consoles:
+                await together(partial(console.wait_ready, trio.current_time() + READY_S) for console in consoles)
+            await trio.sleep(TRAFFIC_S)
+            done.append("Guests are talking: UDP all to all, TCP in a ring, 20 MB/s of memory rewritten in each")
+
+    async def save(self) -> qsnap.Snapshot:
+        """The snapshot, under traffic."""
+        with self.screen.step("Saving them while they run") as done:
+            saved = await qsnap.snapshot(self.vne.name, SNAPSHOT, place=self.place)
+            done.append("Saved, live, without a word to the guests")
+        header = ("VM", "downtime", "image", "of memory", "engine")
+        self.screen.table(header, [describe_capture(vm) for vm in saved.vms])
+        self.screen.say(f"    Discrepancy: first to last VM stopped within {saved.discrepancy_ms:.1f} ms.", "dim")
+        return saved
+
+    async def run_on_and_kill(self) -> list[GuestState]:
+        """Let the VMs go on past the cut, then end them the hard way. Returns how far they had come."""
+        with self.screen.step("Letting them run on") as done:
+            await trio.sleep(RUN_ON_S)
+            killed = await self.statuses()
+            done.append("They ran on past the snapshot")
+        pids = [vm.pid for vm in (await qsnap.status(self.vne.name, place=self.place)).vms]
+        with self.screen.step("Killing them") as done:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            await self.wait_dead()
+            done.append(f"Dead: kill -9 {' '.join(map(str, pids))}")
+        return killed
+
+    async def wait_dead(self) -> None:
+        """Return once no VM lives."""
+        with trio.fail_after(DEADLINE_S):
+            while any(vm.state != "dead" for vm in (await qsnap.status(self.vne.name, place=self.place)).vms):
+                await trio.sleep(0.02)
+
+    async def restore(self) -> list[GuestState]:
+        """The VNE as it was saved. Returns what the guests say right after."""
+        with self.screen.step("Restoring") as done:
+            report = await qsnap.restore(self.vne.name, SNAPSHOT, place=self.place)
+            restored = await self.statuses()
+            ways = ", ".join(sorted(set(report.ram.values())))
+            done.append(f"Restored: all three ran again {report.ready_ms:.0f} ms after the command (RAM {ways})")
+        return restored
+
+    async def finish(self) -> list[GuestState]:
+        """Let the restored guests work on, then have them end their streams and compare."""
+        with self.screen.step("Letting the restored guests talk on") as done:
+            await trio.sleep(RUN_ON_S)
+            with trio.fail_after(DEADLINE_S):
+                async with self.consoles() as consoles:
+                    end = await together(console.finish for console in consoles)
+            done.append("The restored guests talked on, closed their TCP streams and compared checksums")
+        return end
+
+    async def examine(self, saved: qsnap.Snapshot) -> list[Cut]:
+        """Read the stored files: all digests, then what the RAM images say."""
+        with self.screen.step("Reading what was stored") as done:
+            await qsnap.verify(self.vne.name, SNAPSHOT, place=self.place)
+            directory = self.place.store / self.vne.name
+            cuts = [await trio.to_thread.run_sync(read_cut, vm, directory) for vm in saved.vms]
+            done.append("Every stored file read again: digests right, memory examined page by page")
+        return cuts
+
+    def conclude(
+        self, cuts: list[Cut], killed: list[GuestState], restored: list[GuestState], end: list[GuestState]
+    ) -> None:
+        """Judge, and show what was proved."""
+        proofs = [
+            prove_consistent(cuts),
+            prove_memory(cuts),
+            prove_went_back(cuts, killed, restored),
+            prove_network(cuts, end),
+            prove_streams(cuts, end),
+        ]
+        self.screen.say()
+        self.screen.say("Proved", "bold")
+        for proof in proofs:
+            self.show(proof)
+
+    def show(self, proof: Proof) -> None:
+        """A claim, and the evidence below it."""
+        self.screen.mark(proof.claim)
+        self.screen.say(f"   {proof.evidence}", "dim")
+
+    async def statuses(self) -> list[GuestState]:
+        """What the guests say of themselves now."""
+        with trio.fail_after(DEADLINE_S):
+            async with self.consoles() as consoles:
+                return await together(console.status for console in consoles)
+
+    @asynccontextmanager
+    async def consoles(self) -> AsyncIterator[list[GuestConsole]]:
+        """The guests' serial consoles."""
+        async with AsyncExitStack() as stack:
+            paths = [qsnap.console_path(self.vne.name, vm.name, place=self.place) for vm in self.vne.vms]
+            yield [await stack.enter_async_context(GuestConsole(path)) for path in paths]
+
+
+async def together(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Run all side by side; what they return, in order."""
+    results: dict[int, T] = {}
+
+    async def run(index: int, call: Callable[[], Awaitable[T]]) -> None:
+        results[index] = await call()
+
+    async with trio.open_nursery() as nursery:
+        for index, call in enumerate(calls):
+            nursery.start_soon(run, index, call)
+    return [result for _, result in sorted(results.items())]
+
+
+def describe(status: qsnap.VNEStatus) -> str:
+    """What was started, and on what."""
+    vm = status.vms[0]
+    versions = ".".join(map(str, vm.qemu_version))
+    how = "KVM" if vm.accelerator is qsnap.Accelerator.KVM else "TCG (emulation: no KVM here)"
+    return f"{len(status.vms)} VMs of {vm.memory_bytes >> 20} MiB on one network: QEMU {versions}, {how}"
+
+
+def describe_capture(vm: qsnap.VMSnapshot) -> tuple[str, ...]:
+    """A row of the table of a snapshot."""
+    figures = vm.measurements
+    return (
+        vm.vm.name,
+        f"{figures.downtime_ms:.1f} ms",
+        f"{figures.image_bytes >> 20} MiB",
+        f"{figures.image_to_memory:.0%}",
+        vm.engine.value,
+    )
+
+
+async def run_until_signal(demo: Demo, keep: bool) -> bool:
+    """Run the demonstration; Ctrl-C and the like end it in good order. Whether it came to its end."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def stop_at_signal() -> None:
+                async for _ in signals:
+                    demo.screen.say(" Interrupted: taking it down", "yellow")
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(stop_at_signal)
+            await demo.run(keep)
+            nursery.cancel_scope.cancel()
+            return True
+    return False
+
+
+def say_next(screen: Screen, keep: bool) -> None:
+    """Where to go from here."""
+    store = STORE.relative_to(ROOT)
+    commands = (
+        [("look at what was saved", f"qsnap show demo {SNAPSHOT} --store {store}"), ("end it", "qsnap down demo")]
+        if keep
+        else [
+            ("start these VMs yourself", "qsnap up scenarios/demo/vne.toml"),
+            ("save and restore them", "qsnap snapshot demo first && qsnap down demo && qsnap restore demo first"),
+        ]
+    )
+    screen.say()
+    screen.say("Next", "bold")
+    screen.say("   export PATH=$PWD/.venv/bin:$PATH")
+    for purpose, command in commands:
+        screen.say(f"   {command}   # {purpose}")
+    screen.say("   README.md tells of descriptions, commands and the library; scenarios/demo/vne.toml is this VNE.")
+
+
+def main() -> int:
+    """Run it; the exit code."""
+    parser = argparse.ArgumentParser(prog="scripts/demo", description="Save three running VMs, kill them, restore them.")
+    parser.add_argument("--keep", action="store_true", help="leave the restored VNE up, and the snapshot in its store")
+    keep = parser.parse_args().keep
+    screen = Screen()
+    screen.say("qsnap: save a running virtual network, kill it, bring it back", "bold")
+    complete = False
+    try:
+        demo = Demo(qsnap.load_description(DESCRIPTION), qsnap.Place(store=STORE), screen)
+        complete = trio.run(run_until_signal, demo, keep)
+    except* (qsnap.QsnapError, DisprovedError, GuestConsoleError) as group:
+        for error in group.exceptions:
+            screen.say(f" ✗ {error}", "bold red")
+    except* trio.TooSlowError:
+        screen.say(" ✗ The guests do not answer in time. Is the machine busy?", "bold red")
+    if complete:
+        say_next(screen, keep)
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
