@@ -1,23 +1,93 @@
-"""qsnap saves a running virtual network of QEMU VMs, consistently and with milliseconds of downtime."""
+"""qsnap saves a running virtual network of QEMU VMs, consistently and with milliseconds of downtime.
 
-from qsnap.errors import (
-    BusyError,
-    ConfigError,
-    EngineRefusedError,
-    HostError,
-    IntegrityError,
-    QemuError,
-    QsnapError,
-    StateError,
-    StreamError,
-)
-from qsnap.host.catalogue import remove, show, snapshots, verify
-from qsnap.host.descriptions import load_description
-from qsnap.host.lifecycle import VMStatus, VNEStatus, console_path, down, running, status, statuses, up
-from qsnap.host.place import Place
-from qsnap.host.restoring import RestoreReport, restore
-from qsnap.host.saving import snapshot
-from qsnap.model import VM, VNE, Accelerator, Backing, Cut, Disk, Engine, Network, Nic, RamMode, Snapshot
+The names are imported when they are first used: the receiver, one process per VM, is part of this package and needs
+none of them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qsnap.errors import (
+        BusyError,
+        ConfigError,
+        EngineRefusedError,
+        HostError,
+        IntegrityError,
+        QemuError,
+        QsnapError,
+        StateError,
+        StreamError,
+    )
+    from qsnap.host.catalogue import remove, show, snapshots, verify
+    from qsnap.host.descriptions import load_description
+    from qsnap.host.lifecycle import VMStatus, VNEStatus, console_path, down, running, status, statuses, up
+    from qsnap.host.place import Place
+    from qsnap.host.restoring import RestoreReport, restore
+    from qsnap.host.saving import snapshot
+    from qsnap.model import VM, VNE, Accelerator, Backing, Cut, Disk, Engine, Network, Nic, RamMode, Snapshot
+
+_HOMES = {
+    "qsnap.errors": (
+        "BusyError",
+        "ConfigError",
+        "EngineRefusedError",
+        "HostError",
+        "IntegrityError",
+        "QemuError",
+        "QsnapError",
+        "StateError",
+        "StreamError",
+    ),
+    "qsnap.host.catalogue": (
+        "remove",
+        "show",
+        "snapshots",
+        "verify",
+    ),
+    "qsnap.host.descriptions": ("load_description",),
+    "qsnap.host.lifecycle": (
+        "VMStatus",
+        "VNEStatus",
+        "console_path",
+        "down",
+        "running",
+        "status",
+        "statuses",
+        "up",
+    ),
+    "qsnap.host.place": ("Place",),
+    "qsnap.host.restoring": (
+        "RestoreReport",
+        "restore",
+    ),
+    "qsnap.host.saving": ("snapshot",),
+    "qsnap.model": (
+        "VM",
+        "VNE",
+        "Accelerator",
+        "Backing",
+        "Cut",
+        "Disk",
+        "Engine",
+        "Network",
+        "Nic",
+        "RamMode",
+        "Snapshot",
+    ),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'qsnap' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 __all__ = [
     "VM",

@@ -52,8 +52,7 @@ async def open_consoles(vne: str, place: qsnap.Place, vms: int = 3) -> AsyncIter
     async with AsyncExitStack() as stack:
         names = [f"vm{number}" for number in range(1, vms + 1)]
         yield [
-            await stack.enter_async_context(GuestConsole(qsnap.console_path(vne, name, place=place)))
-            for name in names
+            await stack.enter_async_context(GuestConsole(qsnap.console_path(vne, name, place=place))) for name in names
         ]
 
 
@@ -96,6 +95,14 @@ def judge(snapshot: qsnap.Snapshot, place: qsnap.Place) -> Verdict:
     return Verdict(states, len(find_orphans(states)), wrong)
 
 
+async def finish(consoles: Sequence[GuestConsole]) -> None:
+    """End all TCP streams: a guest is finished when its own stream and that of its neighbour have ended."""
+    with trio.fail_after(120):
+        async with trio.open_nursery() as nursery:
+            for console in consoles:
+                nursery.start_soon(console.finish)
+
+
 async def check_continues(consoles: Sequence[GuestConsole], cut: Sequence[GuestState]) -> None:
     """The running guests go on from exactly this cut, and their streams end with the right digests."""
     before = await statuses(consoles)
@@ -103,9 +110,7 @@ async def check_continues(consoles: Sequence[GuestConsole], cut: Sequence[GuestS
         assert now.nonce == then.nonce, "another boot"
         assert now.ticks >= then.ticks
         assert all(a >= b for a, b in zip(now.sent, then.sent, strict=True))
-    for console in consoles:
-        with trio.fail_after(120):
-            await console.finish()
+    await finish(consoles)
     for state in await statuses(consoles):
         assert state.stamp_errors == 0
         assert sum(state.duplicates) == 0, "a frame of an abandoned future was delivered"
