@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 import qsnap
+from qsnap.model import VMSnapshot, version_text
 from testbed.guests import GuestConsole, GuestConsoleError
 from testbed.proofs import (
     Cut,
@@ -150,7 +151,7 @@ class Demo:
         with self.screen.step("Saving them while they run") as done:
             saved = await qsnap.snapshot(self.vne.name, SNAPSHOT, place=self.place)
             done.append("Saved, live, without a word to the guests")
-        header = ("VM", "downtime", "image", "of memory", "engine")
+        header = ("VM", "downtime", "stored", "engine")
         self.screen.table(header, [describe_capture(vm) for vm in saved.vms])
         self.screen.say(f"    Discrepancy: first to last VM stopped within {saved.discrepancy_ms:.1f} ms.", "dim")
         return saved
@@ -181,7 +182,7 @@ class Demo:
             report = await qsnap.restore(self.vne.name, SNAPSHOT, place=self.place)
             restored = await self.statuses()
             ways = ", ".join(sorted(set(report.ram.values())))
-            done.append(f"Restored: all three ran again {report.ready_ms:.0f} ms after the command (RAM {ways})")
+            done.append(f"Restored in {report.ready_ms:.0f} ms: all three run (RAM {ways})")
         return restored
 
     async def finish(self) -> list[GuestState]:
@@ -191,7 +192,7 @@ class Demo:
             with trio.fail_after(DEADLINE_S):
                 async with self.consoles() as consoles:
                     end = await together(console.finish for console in consoles)
-            done.append("The restored guests talked on, closed their TCP streams and compared checksums")
+            done.append("The restored guests talked on, ended their TCP streams and compared checksums")
         return end
 
     async def examine(self, saved: qsnap.Snapshot) -> list[Cut]:
@@ -200,7 +201,7 @@ class Demo:
             await qsnap.verify(self.vne.name, SNAPSHOT, place=self.place)
             directory = self.place.store / self.vne.name
             cuts = [await trio.to_thread.run_sync(read_cut, vm, directory) for vm in saved.vms]
-            done.append("Every stored file read again: digests right, memory examined page by page")
+            done.append("What was stored read again: digests right, memory examined page by page")
         return cuts
 
     def conclude(
@@ -254,25 +255,24 @@ async def together(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
 def describe(status: qsnap.VNEStatus) -> str:
     """What was started, and on what."""
     vm = status.vms[0]
-    versions = ".".join(map(str, vm.qemu_version))
     how = "KVM" if vm.accelerator is qsnap.Accelerator.KVM else "TCG (emulation: no KVM here)"
-    return f"{len(status.vms)} VMs of {vm.memory_bytes >> 20} MiB on one network: QEMU {versions}, {how}"
+    return f"{len(status.vms)} VMs of {vm.memory_bytes >> 20} MiB on one network: QEMU {version_text(vm.qemu_version)}, {how}"
 
 
-def describe_capture(vm: qsnap.VMSnapshot) -> tuple[str, ...]:
+def describe_capture(vm: VMSnapshot) -> tuple[str, ...]:
     """A row of the table of a snapshot."""
     figures = vm.measurements
     return (
         vm.vm.name,
         f"{figures.downtime_ms:.1f} ms",
         f"{figures.image_bytes >> 20} MiB",
-        f"{figures.image_to_memory:.0%}",
         vm.engine.value,
     )
 
 
 async def run_until_signal(demo: Demo, keep: bool) -> bool:
     """Run the demonstration; Ctrl-C and the like end it in good order. Whether it came to its end."""
+    complete = False
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
 
@@ -283,9 +283,9 @@ async def run_until_signal(demo: Demo, keep: bool) -> bool:
 
             nursery.start_soon(stop_at_signal)
             await demo.run(keep)
+            complete = True
             nursery.cancel_scope.cancel()
-            return True
-    return False
+    return complete
 
 
 def say_next(screen: Screen, keep: bool) -> None:
@@ -295,8 +295,8 @@ def say_next(screen: Screen, keep: bool) -> None:
         [("look at what was saved", f"qsnap show demo {SNAPSHOT} --store {store}"), ("end it", "qsnap down demo")]
         if keep
         else [
-            ("start these VMs yourself", "qsnap up scenarios/demo/vne.toml"),
-            ("save and restore them", "qsnap snapshot demo first && qsnap down demo && qsnap restore demo first"),
+            ("the same, by hand", "qsnap up scenarios/demo/vne.toml"),
+            ("", "qsnap snapshot demo first && qsnap down demo && qsnap restore demo first"),
         ]
     )
     screen.say()
@@ -309,7 +309,7 @@ def say_next(screen: Screen, keep: bool) -> None:
 
 def main() -> int:
     """Run it; the exit code."""
-    parser = argparse.ArgumentParser(prog="scripts/demo", description="Save three running VMs, kill them, restore them.")
+    parser = argparse.ArgumentParser(prog="scripts/demo", description="Save running VMs, kill them, restore them.")
     parser.add_argument("--keep", action="store_true", help="leave the restored VNE up, and the snapshot in its store")
     keep = parser.parse_args().keep
     screen = Screen()

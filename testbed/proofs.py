@@ -1,7 +1,7 @@
 """What a demonstration may claim of a snapshot and a restore, each claim with the evidence that it rests on.
 
-Every function judges guests' own counters, as found in stored RAM images (`read_cut`) or as told over their consoles,
-and raises `DisprovedError` where the claim does not hold.
+The guests' own counters are judged, as found in stored RAM images (`read_cut`) or as told over their consoles. Where a
+claim does not hold, `DisprovedError` is raised.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from attrs import frozen
 
-import qsnap
+from qsnap.model import VMSnapshot
 from testbed.state import GuestState, StreamPhase, check_stamps, find_orphans, read_state
 
 MIB = 1 << 20
@@ -37,7 +37,7 @@ class Cut:
     pages: int
 
 
-def read_cut(vm: qsnap.VMSnapshot, directory: Path) -> Cut:
+def read_cut(vm: VMSnapshot, directory: Path) -> Cut:
     """Judge the RAM image of one VM; `directory` is the VNE's in the store. Takes time: every page is read."""
     image = directory / vm.ram[0].file.path
     state = read_state(image)
@@ -47,7 +47,7 @@ def read_cut(vm: qsnap.VMSnapshot, directory: Path) -> Cut:
 
 
 def prove_memory(cuts: Sequence[Cut]) -> Proof:
-    """`read_cut` has thrown where this is not so."""
+    """Every page is what its guest last wrote there; `read_cut` has raised where it is not."""
     pages = sum(cut.pages for cut in cuts)
     return Proof("No page of the saved memory is stale or torn.", f"{pages:,} stamped pages read back and right")
 
@@ -74,12 +74,11 @@ def prove_went_back(cuts: Sequence[Cut], killed: Sequence[GuestState], restored:
             then.ticks <= now.ticks < late.ticks and _sent_since(then, now) >= 0,
             f"guest {then.id} is at tick {now.ticks}, was saved at {then.ticks} and killed at {late.ticks}",
         )
-    columns = ([cut.state.ticks for cut in cuts], [state.ticks for state in killed], [now.ticks for now in restored])
-    saved, lost, found = (" ".join(f"{ticks:,}" for ticks in column) for column in columns)
-    return Proof(
-        "What came back is the cut, not a new boot and not what was killed.",
-        f"ticks: saved {saved}; killed {lost}; restored {found}",
+    ticks = (
+        f"{cut.state.ticks:,} saved, {late.ticks:,} killed, {now.ticks:,} restored"
+        for cut, late, now in zip(cuts, killed, restored, strict=True)
     )
+    return Proof("What came back is the cut: no new boot, and nothing from after it.", f"ticks: {'; '.join(ticks)}")
 
 
 def prove_network(cuts: Sequence[Cut], end: Sequence[GuestState]) -> Proof:

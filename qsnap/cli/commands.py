@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from typing import Any, TypeVar
@@ -179,6 +180,9 @@ def verify(settings: Settings, vne: str, name: str) -> Answer:
 @click.pass_obj
 def rm(settings: Settings, vne: str, names: tuple[str, ...]) -> Answer:
     """Remove snapshots, and the files that nothing else needs."""
+    for name in names:  # an unknown name is refused before anything is removed; a damaged snapshot is a known one
+        with suppress(qsnap.IntegrityError):
+            call(settings, qsnap.show, vne, name)
     removed = {name: call(settings, qsnap.remove, vne, name) for name in dict.fromkeys(names)}
     return Answer(removed, tables.removed_text(vne, removed))
 
@@ -204,11 +208,10 @@ def console(settings: Settings, vne: str, vm: str) -> None:
     directory.
     """
     path = qsnap.console_path(vne, vm, place=settings.place)
-    pid = settings.place.runtime().load(vne).find(vm).process.pid
     interactive = sys.stdin.isatty()
     if interactive:
         click.echo(f"Console of {vm} in {vne}. Ctrl-] leaves.", err=True)
-    end = terminal.attach(path, pid, vm=vm)
+    end = terminal.attach(path, vm=vm)
     if interactive:
         click.echo("\n" + {"closed": f"{vm} has ended."}.get(end.value, f"Left the console of {vm}."), err=True)
 

@@ -54,7 +54,7 @@ class Captured:
     total_ms: float
     iterations: int
     last_iteration_pages: int
-    stop_instant_s: float
+    stop_instant_s: float  # 0, as the next, if the VM was paused all along
     resume_instant_s: float
 
     def measurements(self, directory: Path, memory_bytes: int) -> Measurements:
@@ -178,6 +178,8 @@ class Capture(ABC):
         )
 
     def _instant(self, name: str) -> float:
+        if not self.was_running:
+            return 0.0
         return next((event.instant_s for event in self.qmp.events[self.mark :] if event.name == name), 0.0)
 
     def _has_resumed(self) -> bool:
@@ -201,6 +203,8 @@ class Background(Capture):
         await self.daemon.wait_tracking()
         if self.was_running and not self._has_resumed():
             await cont(self.qmp)
+        elif not self.was_running:
+            await self.qmp.execute("stop")
 
     async def complete(self) -> Captured:
         receipt, _ = await self._finish()
@@ -269,8 +273,9 @@ class Precopy(Capture):
     async def _release(self) -> None:
         await self.qmp.execute("migrate-continue", {"state": "pre-switchover"})
         await self._wait_migration("completed")
-        if self.was_running:
-            await cont(self.qmp)
+        await cont(self.qmp)
+        if not self.was_running:  # only by running does QEMU leave `postmigrate`, from which it cannot migrate again
+            await self.qmp.execute("stop")
 
     async def complete(self) -> Captured:
         receipt, info = await self._finish()

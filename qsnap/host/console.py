@@ -30,13 +30,13 @@ class End(Enum):
     QUIET = "quiet"  #: the input ended, and the console had no more to say
 
 
-def attach(path: str, pid: int, *, vm: str, stdin: int = 0, stdout: int = 1) -> End:
-    """Join the console socket at `path`, of the QEMU process `pid`, to two descriptors until one side ends it.
+def attach(path: str, *, vm: str, stdin: int = 0, stdout: int = 1) -> End:
+    """Join the console socket at `path` to two descriptors until one side ends it.
 
     A terminal is put into raw mode meanwhile, so that every key reaches the guest, except `LEAVE`. Raises
     StateError if the VM does not listen, BusyError if somebody else is connected.
     """
-    if is_taken(path, pid):
+    if is_taken(path):
         raise BusyError(
             "somebody else is connected to its console", where=f"VM {vm}", advice="QEMU serves one at a time."
         )
@@ -52,12 +52,12 @@ def attach(path: str, pid: int, *, vm: str, stdin: int = 0, stdout: int = 1) -> 
             return _Session(console, stdin, stdout, leave=LEAVE if interactive else b"").run()
 
 
-def is_taken(path: str, pid: int) -> bool:
-    """Whether QEMU has accepted a connection on its socket at `path`. Nobody else would be served until that ends."""
-    try:
-        rows = [line.split(maxsplit=7) for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]]
-    except OSError:
-        return False  # it is gone, or not ours to look at: connecting will tell
+def is_taken(path: str) -> bool:
+    """Whether QEMU has accepted a connection on its socket at `path`: until that ends, nobody else is served.
+
+    The kernel counts the accepted end to the namespace of the client: one in another namespace is not seen.
+    """
+    rows = (line.split(maxsplit=7) for line in Path("/proc/self/net/unix").read_text().splitlines()[1:])
     return any(row[5] == _CONNECTED and row[7:] == [path] for row in rows)
 
 

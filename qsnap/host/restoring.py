@@ -18,7 +18,7 @@ from qsnap.host import hugepages
 from qsnap.host.bridges import check_networking
 from qsnap.host.lifecycle import take_down
 from qsnap.host.place import Place, Progress, exclusive, no_progress
-from qsnap.host.qemu import kvm_works, last_words, program_version
+from qsnap.host.qemu import kvm_works, last_words, program_version, wait_ended
 from qsnap.host.qmp import Qmp, open_qmp
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import DiskBase, Start, build_networks, describe, start_process
@@ -30,6 +30,7 @@ from qsnap.rules.engine import Version, precopy_is_safe
 
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}  #: ms; as QEMU does after a migration
 LOAD_TIMEOUT_S = 120.0
+DYING_S = 0.3
 
 
 @frozen
@@ -79,7 +80,10 @@ async def _clear_the_way(vne: str, runtime: Runtime) -> None:
     """Take away what is left of a dead VNE. Raises StateError if any of its VMs lives."""
     if vne not in runtime.names():
         return
-    alive = [vm.vm.name for vm in runtime.load(vne).vms if vm.process.is_alive()]
+    live = runtime.load(vne)
+    with trio.move_on_after(DYING_S):  # a process that was killed a moment ago takes its time to end
+        await run_all([partial(wait_ended, vm.process) for vm in live.vms])
+    alive = [vm.vm.name for vm in live.vms if vm.process.is_alive()]
     if alive:
         raise StateError(f"VNE {vne} is running ({', '.join(alive)})", advice=f"Take it down first: qsnap down {vne}")
     await take_down(vne, runtime)

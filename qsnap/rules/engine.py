@@ -17,6 +17,8 @@ Version = tuple[int, int, int]
 
 TCG_PRECOPY_SINCE: Version = (9, 0, 0)  #: "dirty bitmap coherency with TCG memory access"; corrupt images before
 
+BACKGROUND_KEEPS_PAUSED_SINCE: Version = (9, 0, 0)  #: before, a background snapshot starts a paused VM
+
 
 @frozen
 class Facts:
@@ -57,9 +59,11 @@ def choose_engine(wish: Engine, facts: Facts) -> Decision:
 
 
 def _choose(facts: Facts) -> Decision:
-    if not facts.running and not facts.precopy_refusal:
-        return Decision(Engine.PRECOPY, "it is paused: nothing changes while it is saved")
     background, precopy = _refusal(_check_background, facts), _refusal(_check_precopy, facts)
+    if not facts.running:
+        keeps_paused = background is None and facts.qemu_version >= BACKGROUND_KEEPS_PAUSED_SINCE
+        if keeps_paused or precopy is None:
+            return Decision(Engine.BACKGROUND if keeps_paused else Engine.PRECOPY, "it is paused, and stays so")
     if background is None and facts.hugetlb:
         return Decision(Engine.BACKGROUND, "RAM in huge pages: the shortest pause at any dirty rate")
     if background is None and facts.waits:

@@ -1,0 +1,87 @@
+"""Stored RAM equals the guest's RAM at the stop, byte for byte, while the guest dirties as much as it can."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+
+import qsnap
+from qsnap import Engine
+from qsnap.host.capture import Background, Capture, Precopy
+from qsnap.host.daemon import open_daemon
+from qsnap.host.disks import DiskCut
+from qsnap.host.qmp import open_loop, open_qmp
+from qsnap.host.runtime import LiveVM
+from qsnap.rules.command import RAM_ID
+from tests.live.lab import MEMORY, QEMU_7, QEMU_11, make_vne, open_consoles, wait_ready
+
+
+def copy_ram(pid: int) -> bytes:
+    """The guest's memory as QEMU has it mapped now: the one mapping of its size."""
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        start, end = (int(word, 16) for word in line.split()[0].split("-"))
+        if end - start == MEMORY:
+            with open(f"/proc/{pid}/mem", "rb") as memory:
+                memory.seek(start)
+                return memory.read(MEMORY)
+    raise AssertionError("no mapping of the guest's memory")
+
+
+async def capture_and_compare(live: qsnap.host.runtime.LiveVM, qmp_path: str, engine: Engine, directory: Path) -> int:
+    """Capture one VM and count the bytes in which its file differs from its RAM at the stop."""
+    copies: list[bytes] = []
+
+    async def copy_while_stopped() -> None:  # it is called where the taps would be moved
+        copies.append(copy_ram(live.process.pid))
+
+    async with open_loop(), trio.open_nursery() as nursery, open_qmp(qmp_path, vm=live.vm.name) as qmp:
+        daemon_context = open_daemon(
+            nursery,
+            directory,
+            vm=live.vm.name,
+            backed=(RAM_ID,),
+            ram_limit_bytes=1 << 30,
+            on_bytes=lambda done: None,
+        )
+        async with daemon_context as (daemon, stream_fd):
+            make = partial(Precopy, force=True) if engine is Engine.PRECOPY else Background
+            capture: Capture = make(qmp, daemon, DiskCut(qmp, ()), True, copy_while_stopped)
+            await capture.prepare(stream_fd)
+            await capture.stop_and_resume()
+            captured = await capture.complete()
+    stored = np.fromfile(captured.receipt["blocks"][0]["file"], dtype=np.uint8)
+    return int(np.count_nonzero(stored != np.frombuffer(copies[0], dtype=np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("qemu", "engine"), [(QEMU_7, Engine.BACKGROUND), (QEMU_11, Engine.BACKGROUND), (QEMU_11, Engine.PRECOPY)]
+)
+async def test_stored_ram_is_the_guests_ram(
+    qemu: str, engine: Engine, place: qsnap.Place, tmp_path: Path
+) -> None:
+    vne = make_vne("ram", qemu=qemu, vms=1, backing=qsnap.Backing.MEMFD, guest={"rate_mb": 1000})
+    await qsnap.up(vne, place=place)
+    async with open_consoles("ram", place, 1) as consoles:
+        await wait_ready(consoles)
+    runtime = place.runtime()
+    live: LiveVM = runtime.load("ram").vms[0]
+    for attempt in range(3):
+        directory = tmp_path / str(attempt)
+        directory.mkdir()
+        assert await capture_and_compare(live, runtime.qmp_path("ram", "vm1"), engine, directory) == 0
+
+
+async def test_the_comparison_finds_a_running_guest(place: qsnap.Place) -> None:
+    """Negative control: two copies of a guest's RAM that was not stopped differ."""
+    vne = make_vne("ram", vms=1, backing=qsnap.Backing.MEMFD)
+    await qsnap.up(vne, place=place)
+    async with open_consoles("ram", place, 1) as consoles:
+        await wait_ready(consoles)
+    pid = place.runtime().load("ram").vms[0].process.pid
+    before = copy_ram(pid)
+    await trio.sleep(0.2)
+    assert copy_ram(pid) != before
