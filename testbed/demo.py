@@ -255,8 +255,9 @@ async def together(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
 def describe(status: qsnap.VNEStatus) -> str:
     """What was started, and on what."""
     vm = status.vms[0]
-    how = "KVM" if vm.accelerator is qsnap.Accelerator.KVM else "TCG (emulation: no KVM here)"
-    return f"{len(status.vms)} VMs of {vm.memory_bytes >> 20} MiB on one network: QEMU {version_text(vm.qemu_version)}, {how}"
+    kvm = vm.accelerator is qsnap.Accelerator.KVM
+    how = f"QEMU {version_text(vm.qemu_version)}, {'KVM' if kvm else 'TCG (emulation: no KVM here)'}"
+    return f"{len(status.vms)} VMs of {vm.memory_bytes >> 20} MiB on one network: {how}"
 
 
 def describe_capture(vm: VMSnapshot) -> tuple[str, ...]:
@@ -290,21 +291,17 @@ async def run_until_signal(demo: Demo, keep: bool) -> bool:
 
 def say_next(screen: Screen, keep: bool) -> None:
     """Where to go from here."""
-    store = STORE.relative_to(ROOT)
-    commands = (
-        [("look at what was saved", f"qsnap show demo {SNAPSHOT} --store {store}"), ("end it", "qsnap down demo")]
-        if keep
-        else [
-            ("the same, by hand", "qsnap up scenarios/demo/vne.toml"),
-            ("", "qsnap snapshot demo first && qsnap down demo && qsnap restore demo first"),
-        ]
+    again = ("qsnap up scenarios/demo/vne.toml", "qsnap snapshot demo s1", "qsnap down demo", "qsnap restore demo s1")
+    kept = (
+        f"qsnap show demo {SNAPSHOT} --store {STORE.relative_to(ROOT)}",
+        "qsnap console demo alice",
+        "qsnap down demo",
     )
     screen.say()
-    screen.say("Next", "bold")
-    screen.say("   export PATH=$PWD/.venv/bin:$PATH")
-    for purpose, command in commands:
-        screen.say(f"   {command}   # {purpose}")
-    screen.say("   README.md tells of descriptions, commands and the library; scenarios/demo/vne.toml is this VNE.")
+    screen.say("Next: look at what was kept" if keep else "Next: the same by hand", "bold")
+    for command in ("export PATH=$PWD/.venv/bin:$PATH", *(kept if keep else again)):
+        screen.say(f"   {command}", "cyan")
+    screen.say("README.md tells of descriptions, commands and the library; scenarios/demo/vne.toml is this VNE.")
 
 
 def main() -> int:

@@ -213,7 +213,8 @@ def console(settings: Settings, vne: str, vm: str) -> None:
         click.echo(f"Console of {vm} in {vne}. Ctrl-] leaves.", err=True)
     end = terminal.attach(path, vm=vm)
     if interactive:
-        click.echo("\n" + {"closed": f"{vm} has ended."}.get(end.value, f"Left the console of {vm}."), err=True)
+        what = f"{vm} has ended" if end is terminal.End.CLOSED else f"Left the console of {vm}"
+        click.echo(f"\n{what}.", err=True)
 
 
 @cli.command(example='eval "$(qsnap completion bash)"')

@@ -16,7 +16,10 @@ async def qemu_io(place: qsnap.Place, disk: int, command: str) -> str:
     """Let QEMU itself read or write a disk of the VM, below its device, as a guest's request would."""
     async with open_loop(), open_qmp(place.runtime().monitor_path("disks", "vm1"), vm="vm1") as qmp:
         line = f'qemu-io -d /machine/peripheral/disk{disk}-device/virtio-backend "{command}"'
-        return str(await qmp.execute("human-monitor-command", {"command-line": line}))
+        log = place.runtime().vm_directory("disks", "vm1") / "qemu.log"
+        before = log.stat().st_size
+        await qmp.execute("human-monitor-command", {"command-line": line})
+    return log.read_text()[before:]  # it prints to QEMU's own output
 
 
 async def holds(place: qsnap.Place, disk: int, pattern: int) -> bool:
