@@ -33,6 +33,7 @@ from testbed.proofs import (
     prove_streams,
     prove_went_back,
     read_cut,
+    require,
 )
 from testbed.state import GuestState
 
@@ -41,6 +42,7 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 DESCRIPTION = ROOT / "scenarios/demo/vne.toml"
 STORE = ROOT / "build/demo-store"
+NAMESPACES = Path("/run/netns")
 SNAPSHOT = "under-traffic"
 TRAFFIC_S = 3.0  #: before the snapshot, so that there is something to lose
 RUN_ON_S = 2.0  #: between the snapshot and the kill, and again after the restore
@@ -134,6 +136,10 @@ class Demo:
             if await self.is_up():
                 await qsnap.down(self.vne.name, place=self.place)
             shutil.rmtree(self.place.store, ignore_errors=True)
+        left = [
+            path for path in (self.place.run / self.vne.name, NAMESPACES / f"qsnap-{self.vne.name}") if path.exists()
+        ]
+        require(not left, f"left behind: {left}")
 
     async def start(self) -> None:
         """Three running guests, talking to each other."""
@@ -223,7 +229,8 @@ class Demo:
     def show(self, proof: Proof) -> None:
         """A claim, and the evidence below it."""
         self.screen.mark(proof.claim)
-        self.screen.say(f"   {proof.evidence}", "dim")
+        for line in proof.evidence:
+            self.screen.say(f"   {line}", "dim")
 
     async def statuses(self) -> list[GuestState]:
         """What the guests say of themselves now."""

@@ -23,10 +23,10 @@ class DisprovedError(Exception):
 
 @frozen
 class Proof:
-    """A claim that held, and why."""
+    """A claim that held, and why, in lines."""
 
     claim: str
-    evidence: str
+    evidence: tuple[str, ...]
 
 
 @frozen
@@ -49,7 +49,7 @@ def read_cut(vm: VMSnapshot, directory: Path) -> Cut:
 def prove_memory(cuts: Sequence[Cut]) -> Proof:
     """Every page is what its guest last wrote there; `read_cut` has raised where it is not."""
     pages = sum(cut.pages for cut in cuts)
-    return Proof("No page of the saved memory is stale or torn.", f"{pages:,} stamped pages read back and right")
+    return Proof("No page of the saved memory is stale or torn.", (f"{pages:,} stamped pages read back and right",))
 
 
 def prove_consistent(cuts: Sequence[Cut]) -> Proof:
@@ -61,7 +61,7 @@ def prove_consistent(cuts: Sequence[Cut]) -> Proof:
     streamed = sum(state.incoming.bytes for state in states)
     return Proof(
         "The three states are one: no guest has received what none had sent.",
-        f"{received:,} datagrams and {streamed / MIB:.1f} MiB of TCP, 0 orphans",
+        (f"{received:,} datagrams and {streamed / MIB:.1f} MiB of TCP, 0 orphans",),
     )
 
 
@@ -74,11 +74,11 @@ def prove_went_back(cuts: Sequence[Cut], killed: Sequence[GuestState], restored:
             then.ticks <= now.ticks < late.ticks and _sent_since(then, now) >= 0,
             f"guest {then.id} is at tick {now.ticks}, was saved at {then.ticks} and killed at {late.ticks}",
         )
-    ticks = (
-        f"{cut.state.ticks:,} saved, {late.ticks:,} killed, {now.ticks:,} restored"
+    ticks = tuple(
+        f"guest {now.id}: saved at tick {cut.state.ticks:,}, killed at {late.ticks:,}, restored it says {now.ticks:,}"
         for cut, late, now in zip(cuts, killed, restored, strict=True)
     )
-    return Proof("What came back is the cut: no new boot, and nothing from after it.", f"ticks: {'; '.join(ticks)}")
+    return Proof("What came back is the cut: no new boot, and nothing from after it.", ticks)
 
 
 def prove_network(cuts: Sequence[Cut], end: Sequence[GuestState]) -> Proof:
@@ -92,7 +92,7 @@ def prove_network(cuts: Sequence[Cut], end: Sequence[GuestState]) -> Proof:
     arrived = sum(sum(now.received) - sum(cut.state.received) for cut, now in zip(cuts, end, strict=True))
     return Proof(
         "Datagrams flow again: none twice, none out of order, none from another life of its sender.",
-        f"{arrived:,} received since the restore",
+        (f"{arrived:,} received since the restore",),
     )
 
 
@@ -108,7 +108,7 @@ def prove_streams(cuts: Sequence[Cut], end: Sequence[GuestState]) -> Proof:
     require(total > then, "no stream went on")
     return Proof(
         "Every TCP connection went on where it was saved, and ended with the right SHA-256.",
-        f"{len(end)} streams, {then / MIB:.1f} MiB before the cut, {(total - then) / MIB:.1f} MiB after",
+        (f"{len(end)} streams, {then / MIB:.1f} MiB before the cut, {(total - then) / MIB:.1f} MiB after",),
     )
 
 

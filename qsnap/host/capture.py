@@ -16,10 +16,11 @@ from typing import Any, ClassVar
 import trio
 from attrs import define, field, frozen
 
-from qsnap.errors import QemuError
+from qsnap.errors import QemuError, QsnapError
 from qsnap.host.daemon import Daemon
 from qsnap.host.disks import DiskCut
-from qsnap.host.qmp import Qmp, QmpError
+from qsnap.host.qmp import Qmp, QmpError, deadline
+from qsnap.host.tasks import one_error
 from qsnap.model import Engine, Measurements
 
 DOWNTIME_LIMIT_MS = 1  #: a precopy ends when what is left can be sent in this time
@@ -106,13 +107,13 @@ class Capture(ABC):
         """The VM's cut: stop it, redirect its disks, and make its taps post-snapshot."""
         self.stopped = True
         self.mark = len(self.qmp.events)
-        with trio.fail_after(STEP_TIMEOUT_S):
+        with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
             await self.qmp.execute_all(("stop", {}), *self.disks.commands())
             await self.move_taps()
 
     async def resume(self) -> None:
         """Let the VM run on as soon as the state at the cut is safe. It stays paused if it was found paused."""
-        with trio.fail_after(STEP_TIMEOUT_S):
+        with deadline(STEP_TIMEOUT_S, "the pause", self.qmp.vm):
             await self._release()
 
     async def stop_and_resume(self) -> None:
@@ -133,8 +134,8 @@ class Capture(ABC):
 
     async def abort(self) -> None:
         """End the capture: no migration, and the VM running if it was found running."""
-        with trio.fail_after(STEP_TIMEOUT_S):
-            await _cancel_migration(self.qmp)
+        await self._end_migration()
+        with deadline(STEP_TIMEOUT_S, "the undoing", self.qmp.vm):
             if self.stopped and self.was_running:
                 await cont(self.qmp)
             await set_capabilities(self.qmp, frozenset())
@@ -152,20 +153,39 @@ class Capture(ABC):
         await self.qmp.execute("migrate", {"uri": f"fd:{FD_NAME}"})
 
     async def _wait_migration(self, status: str) -> None:
-        """Wait for a migration status; a failed migration raises with the daemon's reason or else QEMU's."""
+        """Wait for a migration status; raises what ends the migration before, be it QEMU's side or the daemon's."""
         ends = (status, "failed", "cancelled")
-        event = await self.qmp.wait_event(
-            lambda event: event.name == "MIGRATION" and event.data["status"] in ends, since=self.began
-        )
-        if event.data["status"] == status:
-            return
-        with trio.move_on_after(1.0):  # a daemon that died is the cause, and says more than QEMU's broken pipe
+        with one_error():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_daemon)
+                event = await self.qmp.wait_event(
+                    lambda event: event.name == "MIGRATION" and event.data["status"] in ends, since=self.began
+                )
+                nursery.cancel_scope.cancel()
+        if event.data["status"] != status:
+            with trio.move_on_after(1.0):  # a daemon that died is the cause, and says more than a broken pipe
+                await self.daemon.wait_done()
+            info = await self.qmp.execute("query-migrate")
+            raise self._migration_error(event.data["status"], info)
+
+    async def _watch_daemon(self) -> None:
+        """Raise what the daemon fails with; a migration that failed first or a QEMU that died is a better reason."""
+        try:
             await self.daemon.wait_done()
-        info = await self.qmp.execute("query-migrate")
-        raise QemuError(
-            f"the {self.engine.value} migration {event.data['status']}: {info.get('error-desc', 'no reason given')}",
-            where=f"VM {self.qmp.vm}",
-        )
+        except QsnapError:
+            info = await self.qmp.execute("query-migrate")
+            if info["status"] == "failed" and "error-desc" in info:
+                raise self._migration_error("failed", info) from None
+            raise
+
+    def _migration_error(self, status: str, info: dict[str, Any]) -> QemuError:
+        reason = info.get("error-desc", "no reason given")
+        return QemuError(f"the {self.engine.value} migration {status}: {reason}", where=f"VM {self.qmp.vm}")
+
+    async def _end_migration(self) -> None:
+        with deadline(STEP_TIMEOUT_S, "the cancelled migration", self.qmp.vm):
+            await self.qmp.execute("migrate_cancel")
+            await wait_no_migration(self.qmp)
 
     def _captured(self, receipt: dict[str, Any], passes: int, last_pages: int) -> Captured:
         return Captured(
@@ -195,8 +215,20 @@ class Background(Capture):
     itself at that point, later ones keep a paused VM paused; what happens decides, not the version.
     """
 
+    read_to_end: bool = False  #: before QEMU 8.1: see `must_read_to_end`
+
     engine = Engine.BACKGROUND
     capabilities = BACKGROUND_CAPABILITIES
+
+    async def _end_migration(self) -> None:
+        if not self.read_to_end:
+            await super()._end_migration()
+            return
+        with one_error():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.daemon.read_to_end)
+                await wait_no_migration(self.qmp)
+                nursery.cancel_scope.cancel()
 
     async def _release(self) -> None:
         await self._start_migration()
@@ -232,7 +264,7 @@ class Precopy(Capture):
         await self._start_migration()
         self.mark = self.began
         await self._converge()
-        with trio.fail_after(STEP_TIMEOUT_S):
+        with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
             await self._wait_migration("pre-switchover")
             await self.qmp.execute_all(*self.disks.commands())
             await self.move_taps()
@@ -309,7 +341,7 @@ async def probe_migration(qmp: Qmp) -> str:
 
 async def cont(qmp: Qmp) -> None:
     """Let the VM run, retrying while QEMU says that a migration is not finalized yet."""
-    with trio.fail_after(CONT_RETRY_S):
+    with deadline(CONT_RETRY_S, "`cont`", qmp.vm):
         while True:
             try:
                 await qmp.execute("cont")
@@ -320,8 +352,8 @@ async def cont(qmp: Qmp) -> None:
             await trio.sleep(0.0005)
 
 
-async def _cancel_migration(qmp: Qmp) -> None:
-    await qmp.execute("migrate_cancel")
+async def wait_no_migration(qmp: Qmp) -> None:
+    """Return once no migration is under way."""
     under_way = ("setup", "active", "device", "pre-switchover", "cancelling")
     while (await qmp.execute("query-migrate")).get("status") in under_way:
         await trio.sleep(0.002)

@@ -17,6 +17,8 @@ from attrs import define, field
 
 from qsnap.errors import HostError, QemuError, QsnapError, StreamError
 
+DISCARD_BYTES = 1 << 20
+
 
 @define
 class Daemon:
@@ -26,6 +28,7 @@ class Daemon:
     process: trio.Process
     status: trio.SocketStream
     on_bytes: Callable[[int], None]
+    spare_fd: int | None = None  #: a second descriptor of the stream, so that it does not break when the process dies
     tracking: trio.Event = field(factory=trio.Event)  #: set at the first RAM record: QEMU tracks writes by now
     ended: trio.Event = field(factory=trio.Event)
     result: dict[str, Any] = field(factory=dict)
@@ -43,6 +46,18 @@ class Daemon:
         if self.failure is not None:
             raise self.failure
         return self.result
+
+    async def read_to_end(self) -> None:
+        """Take the rest of the stream and throw it away: the process is ended, and QEMU is none the wiser."""
+        if self.spare_fd is None:
+            return
+        self.process.kill()
+        await self.process.wait()
+        os.set_blocking(self.spare_fd, False)
+        while True:
+            await trio.lowlevel.wait_readable(self.spare_fd)
+            if not os.read(self.spare_fd, DISCARD_BYTES):
+                return
 
     async def listen(self) -> None:
         """Take in the daemon's messages until it ends."""
@@ -89,11 +104,13 @@ async def open_daemon(
     vm: str,
     backed: tuple[str, ...],
     ram_limit_bytes: int,
+    keeps_reading: bool,
     on_bytes: Callable[[int], None],
 ) -> AsyncIterator[tuple[Daemon, int]]:
     """Start a receiver for one VM that writes into `directory`, and yield it with the descriptor for QEMU.
 
-    The caller closes its copy of that descriptor once QEMU has it. The process is gone when this ends.
+    The caller closes its copy of that descriptor once QEMU has it. With `keeps_reading` the stream never breaks,
+    whatever becomes of the receiver and of qsnap. The process is gone when this ends.
     """
     ours, theirs = socket.socketpair()
     stream_in, stream_out = os.pipe()
@@ -102,6 +119,7 @@ async def open_daemon(
         *(sys.executable, "-m", "qsnap.host.receiver"),
         *("--stream", str(stream_in), "--status", str(theirs.fileno()), "--directory", str(directory)),
         *("--ram-limit", str(ram_limit_bytes), *options),
+        *(("--keep-reading",) if keeps_reading else ()),
     ]
     fds = (stream_in, theirs.fileno())
     try:
@@ -111,8 +129,9 @@ async def open_daemon(
         )
     finally:
         theirs.close()
+        spare_fd = os.dup(stream_in) if keeps_reading else None
         os.close(stream_in)
-    daemon = Daemon(vm, process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)), on_bytes)
+    daemon = Daemon(vm, process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)), on_bytes, spare_fd)
     nursery.start_soon(daemon.listen)
     try:
         yield daemon, stream_out
@@ -121,3 +140,5 @@ async def open_daemon(
         with trio.CancelScope(shield=True):
             await process.wait()
             await daemon.status.aclose()
+        if spare_fd is not None:
+            os.close(spare_fd)

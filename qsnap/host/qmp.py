@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import trio
@@ -23,6 +23,7 @@ from qsnap.errors import QemuError
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it would log is raised here as well
 
 REFUSED_FOR_S = 1.0
+DISCONNECT_S = 2.0
 Command = tuple[str, Mapping[str, object]]
 
 
@@ -138,6 +139,17 @@ class Qmp:
         self._wake()
 
 
+@contextmanager
+def deadline(seconds: float, step: str, vm: str) -> Iterator[None]:
+    """Bound a step of the conversation. Raises QemuError that names it if QEMU takes longer."""
+    try:
+        with trio.fail_after(seconds):
+            yield
+    except trio.TooSlowError as error:
+        advice = "See its qemu.log; the machine may be overloaded."
+        raise QemuError(f"no end of {step} in {seconds:.0f} s", where=f"VM {vm}", advice=advice) from error
+
+
 @asynccontextmanager
 async def open_qmp(path: str, *, vm: str, timeout_s: float = 10.0) -> AsyncIterator[Qmp]:
     """Connect to the QMP socket at `path`. A socket that does not answer in time raises QemuGoneError."""
@@ -155,7 +167,7 @@ async def open_qmp(path: str, *, vm: str, timeout_s: float = 10.0) -> AsyncItera
         yield qmp
     finally:
         watch.cancel()
-        with trio.CancelScope(shield=True), suppress(Exception):  # it may have ended already, in any way
+        with trio.move_on_after(DISCONNECT_S, shield=True), suppress(Exception):  # QEMU may hang, or be gone
             await trio_asyncio.aio_as_trio(client.disconnect)()
 
 

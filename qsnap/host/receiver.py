@@ -5,8 +5,7 @@ It is a process of its own because it is CPU-bound, and synchronous because it d
     python -m qsnap.host.receiver --stream FD --status FD --directory DIR --backed pc.ram --ram-limit BYTES
 
 and exchanges JSON lines over the status descriptor. From the receiver: `ready`, `tracking` (the first RAM record
-has come, so the source's state is captured), `progress`, and at last `done` or `error`. To the receiver, with
-`--return-path`: {"command": "ack"}, for which a source with capability switchover-ack waits before it stops the VM.
+has come, so the source's state is captured), `progress`, and at last `done` or `error`. The parent sends nothing.
 
 It ends with the stream, when the parent closes its end of the status descriptor, or at SIGTERM. It leaves the
 files of a failed attempt behind: the parent removes the directory.
@@ -41,11 +40,12 @@ from qsnap.wire.events import (
     RamEnd,
     ZeroRun,
 )
-from qsnap.wire.records import CommandType, RamSetup, ReturnPathMessage
+from qsnap.wire.records import CommandType, RamSetup
 from qsnap.wire.stream import StreamReader
 
 _PIPE_BYTES = (4 << 20, 1 << 20)  #: sizes to ask for; the second is what an ordinary user may have
 _PROGRESS_S = 0.1
+_DISCARD_BYTES = 1 << 20
 _STATUS_LINE_LIMIT = 4096
 #: Device state of ordinary machines is below 1 MB; some display and assigned devices keep their memory in it.
 _TAIL_LIMIT_BYTES = 1 << 30
@@ -189,27 +189,17 @@ class Status:
             self._progress_due = now + _PROGRESS_S
             self.send("progress", bytes=stream_bytes)
 
-    def read_commands(self) -> list[str]:
-        """What the parent asks for. A line that is no command is the parent's fault and ends this process."""
-        data = os.read(self.fd, _STATUS_LINE_LIMIT)
-        if not data:
-            raise ParentGoneError
-        *lines, self._received = (self._received + data).split(b"\n")
-        return [json.loads(line)["command"] for line in lines]
-
 
 class Receiver:
     """Reads the stream, applies it to the snapshot, and answers both sides."""
 
-    def __init__(self, stream_fd: int, status: Status, snapshot: Snapshot, reader: StreamReader, answers: bool) -> None:
+    def __init__(self, stream_fd: int, status: Status, snapshot: Snapshot, reader: StreamReader) -> None:
         self._stream_fd = stream_fd
         self._status = status
         self._snapshot = snapshot
         self._reader = reader
         self._received_bytes = 0
         self._tracking = False
-        self._answers = answers
-        self._owes_shut = answers
         self._poll = select.poll()
         self._poll.register(stream_fd, select.POLLIN)
         self._poll.register(status.fd, select.POLLIN)
@@ -225,51 +215,19 @@ class Receiver:
             if isinstance(event, PageRun | ZeroRun) and not self._tracking:
                 self._tracking = True
                 self._status.send("tracking")
-            elif isinstance(event, Command):
-                self._answer(event)
             self._snapshot.apply(event)
 
     def _receive_more(self) -> None:
-        if self._owes_shut and self._reader.is_complete():
-            # The source completes, and closes the stream, only when it knows that no more answers will come.
-            self._owes_shut = False
-            self._send(ReturnPathMessage.SHUT, bytes(4))
         self._wait()
-        try:
-            count = os.readv(self._stream_fd, [self._reader.get_buffer()])
-        except ConnectionResetError:
-            count = 0  # closed with an answer of ours unread; whether the stream is whole shows in its content
+        count = os.readv(self._stream_fd, [self._reader.get_buffer()])
         self._reader.buffer_updated(count)
         self._received_bytes += count
         self._status.send_progress(self._received_bytes)
 
     def _wait(self) -> None:
-        """Until the stream has something; meanwhile do as the parent says, and notice when it is gone."""
-        readable = False
-        while not readable:
-            for fd, happened in self._poll.poll():
-                if fd == self._stream_fd:
-                    readable = True
-                elif happened & select.POLLIN:
-                    self._obey()
-                else:
-                    raise ParentGoneError
-
-    def _obey(self) -> None:
-        for command in self._status.read_commands():
-            if command == "ack":
-                self._send(ReturnPathMessage.SWITCHOVER_ACK)
-
-    def _answer(self, command: Command) -> None:
-        if command.command is CommandType.PING:
-            self._send(ReturnPathMessage.PONG, command.data)
-
-    def _send(self, message: ReturnPathMessage, data: bytes = b"") -> None:
-        if not self._answers:
-            return
-        # A source that is gone shows as the stream's end, which says more than a failed answer.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            _append(self._stream_fd, memoryview(encode.encode_return_path(message, data)))
+        """Until the stream has something; raises ParentGoneError when nobody is left to read it for."""
+        if any(fd == self._status.fd for fd, _ in self._poll.poll()):
+            raise ParentGoneError
 
 
 def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -281,7 +239,7 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ram-limit", type=int, required=True, metavar="BYTES", help="of all RAMBlocks together")
     parser.add_argument("--tail-limit", type=int, default=_TAIL_LIMIT_BYTES, metavar="BYTES")
     parser.add_argument("--target-page-size", type=int, default=4096, metavar="BYTES")
-    parser.add_argument("--return-path", action="store_true", help="the stream is a socket whose source wants answers")
+    parser.add_argument("--keep-reading", action="store_true", help="read the stream to its end if the parent dies")
     return parser.parse_args(arguments)
 
 
@@ -297,7 +255,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _receive(options, status)
     except ParentGoneError:
+        if options.keep_reading:
+            _read_to_end(options.stream)
         return HostError.exit_code
+
+
+def _read_to_end(stream_fd: int) -> None:
+    """Before QEMU 8.1 a background snapshot that breaks off leaves the guest's memory locked for ever."""
+    while os.read(stream_fd, _DISCARD_BYTES):
+        pass
 
 
 def _receive(options: argparse.Namespace, status: Status) -> int:
@@ -307,7 +273,7 @@ def _receive(options: argparse.Namespace, status: Status) -> int:
         snapshot = Snapshot(options.directory, options.backed)
         _widen(options.stream)
         status.send("ready")
-        Receiver(options.stream, status, snapshot, reader, options.return_path).run()
+        Receiver(options.stream, status, snapshot, reader).run()
         status.send("done", **snapshot.finish())
     except StreamError as error:
         text = " ".join(filter(None, [error.message, error.advice]))

@@ -27,7 +27,7 @@ from qsnap.host.tasks import run_all
 from qsnap.model import Colour, Cut, DiskImage, Engine, RamBlockFile, Snapshot, StoredFile, VMSnapshot
 from qsnap.rules.colouring import Move, plan_direction, plan_moves
 from qsnap.rules.command import RAM_ID
-from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine
+from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine, must_read_to_end
 from qsnap.rules.manifest import files_in
 
 DEVICE_RAM_BYTES = 2 << 30  #: allowed for in a stream beside the guest's memory: video RAM, ROMs, tables
@@ -95,10 +95,8 @@ class _Saving:
                 self.sessions,
             ):
                 saved = await self._save()
-                await self.links.apply(plan_direction(self.live.vne, self.live.active))
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self.store.abort(self.live.vne.name, self.name)
                 await self.store.collect(self.live.vne.name, in_use=self.live.layers_in_use())
             raise
         return saved
@@ -134,7 +132,7 @@ class _Saving:
     async def _prepare_disks(self, vm: LiveVM, qmp: Qmp) -> DiskCut:
         overlays = []
         for index, disk in enumerate(vm.disks):
-            path = new_layer_path(self.live.store, self.live.vne.name, vm.vm.name, index)
+            path = await new_layer_path(self.live.store, self.live.vne.name, vm.vm.name, index)
             await create_overlay(find_qemu_img(vm.vm.qemu), path, base=disk.layers[0], base_format="qcow2")
             node = "layer-" + Path(path).stem.rpartition("-")[2]
             overlays.append(Overlay(path, node, disk.node))
@@ -146,12 +144,14 @@ class _Saving:
     async def _begin(self, vm: LiveVM, qmp: Qmp, disks: DiskCut, facts: Facts, engine: Engine) -> Capture:
         directory = self.directory / vm.vm.name
         directory.mkdir(mode=0o700)
+        keeps_reading = engine is Engine.BACKGROUND and must_read_to_end(facts.qemu_version)
         daemon, stream_fd = await self.sessions.enter_async_context(
             open_daemon(
                 self.nursery,
                 directory,
                 vm=vm.vm.name,
                 backed=(RAM_ID,),
+                keeps_reading=keeps_reading,
                 ram_limit_bytes=vm.vm.memory_bytes + DEVICE_RAM_BYTES,
                 on_bytes=lambda done: self.progress("save", vm.vm.name, done, vm.vm.memory_bytes),
             )
@@ -162,7 +162,7 @@ class _Saving:
             force = self.wish is Engine.PRECOPY or bool(facts.background_refusal)
             capture = Precopy(qmp, daemon, disks, facts.running, move_taps, force=force)
         else:
-            capture = Background(qmp, daemon, disks, facts.running, move_taps)
+            capture = Background(qmp, daemon, disks, facts.running, move_taps, read_to_end=keeps_reading)
         self.undo.push_async_callback(_unless_dead, capture.abort)
         await capture.prepare(stream_fd)
         return capture

@@ -14,6 +14,7 @@ from qsnap.host.netns import create_netns, netns_path
 from qsnap.host.qemu import Process, find_program, start_qemu
 from qsnap.host.qmp import Qmp
 from qsnap.host.runtime import LiveDisk, LiveVM, LiveVNE, Runtime
+from qsnap.host.store import Store
 from qsnap.host.tasks import run_all
 from qsnap.model import VM, Accelerator
 from qsnap.rules.colouring import plan_networks, tap_name
@@ -62,10 +63,9 @@ async def build_networks(live: LiveVNE) -> None:
         await links.apply(plan_networks(live.vne, live.active))
 
 
-def new_layer_path(store: str, vne: str, vm: str, disk: int) -> str:
+async def new_layer_path(store: str, vne: str, vm: str, disk: int) -> str:
     """A file name for a new disk layer that no snapshot and no VM has had before."""
-    directory = Path(store) / vne / "disks"
-    directory.mkdir(parents=True, mode=0o700, exist_ok=True)
+    directory = await Store(Path(store)).layers_directory(vne)
     return str(directory / f"{vm}-disk{disk}-{secrets.token_hex(6)}.qcow2")
 
 
@@ -95,7 +95,7 @@ async def start_process(live: LiveVNE, runtime: Runtime, start: Start) -> tuple[
 
 async def _make_layers(live: LiveVNE, start: Start) -> tuple[LiveDisk, ...]:
     async def make(index: int, base: DiskBase) -> LiveDisk:
-        path = new_layer_path(live.store, live.vne.name, start.vm.name, index)
+        path = await new_layer_path(live.store, live.vne.name, start.vm.name, index)
         below, below_format = base.top
         await create_overlay(find_qemu_img(start.vm.qemu), path, base=below, base_format=below_format)
         return LiveDisk(DISK_NODE.format(index), (path, *base.layers))

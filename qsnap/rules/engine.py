@@ -17,6 +17,7 @@ Version = tuple[int, int, int]
 
 TCG_PRECOPY_SINCE: Version = (9, 0, 0)  #: "dirty bitmap coherency with TCG memory access"; corrupt images before
 
+TRACKING_ENDS_ON_CANCEL_SINCE: Version = (8, 1, 0)
 BACKGROUND_KEEPS_PAUSED_SINCE: Version = (9, 0, 0)  #: before, a background snapshot starts a paused VM
 
 
@@ -45,6 +46,15 @@ class Decision:
 def precopy_is_safe(version: Version, accelerator: Accelerator) -> bool:
     """Whether QEMU's dirty log can be trusted: under TCG it loses writes before QEMU 9.0."""
     return accelerator is Accelerator.KVM or version >= TCG_PRECOPY_SINCE
+
+
+def must_read_to_end(version: Version) -> bool:
+    """Whether a background snapshot, once begun, has to be read to its end even if nobody wants it any more.
+
+    Before QEMU 8.1 one that fails or is cancelled leaves guest RAM write-protected, and the guest stands still for
+    ever ("migration: stop tracking ram writes when cancelling background migration").
+    """
+    return version < TRACKING_ENDS_ON_CANCEL_SINCE
 
 
 def choose_engine(wish: Engine, facts: Facts) -> Decision:

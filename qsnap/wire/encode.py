@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .events import Command
-from .records import RAM_IDSTR, SECTION_FOOTER, RAMBlock, RamFlag, RamSetup, ReturnPathMessage, SectionType
+from .records import RAM_IDSTR, SECTION_FOOTER, RAMBlock, RamFlag, RamSetup, SectionType
 from .runs import WORD_BYTES
 
 _U64 = Struct(">Q")
 _SECTION = Struct(">BI")
 _COMMAND = Struct(">BHH")
-_RETURN_PATH = Struct(">HH")
 
 
 def _counted(text: str) -> bytes:
@@ -81,7 +80,3 @@ def _records(block: RAMBlock, page_offsets: NDArray[np.uint64], payloads: NDArra
     records[:, WORD_BYTES:] = payloads[1:]
     return b"".join([first, records.tobytes()])
 
-
-def encode_return_path(message: ReturnPathMessage, data: bytes = b"") -> bytes:
-    """A message to the source of the stream."""
-    return _RETURN_PATH.pack(message, len(data)) + data

@@ -51,14 +51,6 @@ class CommandType(IntEnum):
     SWITCHOVER_START = 11  #: sent by machine types from 10.0 on, right before the last RAM section
 
 
-class ReturnPathMessage(IntEnum):
-    """Messages from the receiving side to the source (enum mig_rp_message_type)."""
-
-    SHUT = 1
-    PONG = 2
-    SWITCHOVER_ACK = 7
-
-
 class RAMBlock(NamedTuple):
     """One piece of guest memory, as the stream announces it."""
 

@@ -123,10 +123,6 @@ class StreamReader:
         self._end += count
         self._at_eof = count == 0
 
-    def is_complete(self) -> bool:
-        """Whether the stream may end here. With a return path the source waits for an answer before it closes."""
-        return self.state is State.DEVICES and self._position == self._end and self._tail.is_complete()
-
     def next_event(self) -> Event | None:
         """The next event, or None if it needs more data.
 

@@ -15,7 +15,7 @@ from qsnap.host.capture import Background
 from tests.live.lab import judge, open_consoles, statuses
 
 SNAPSHOTS = 30
-LATE_S = 0.3
+LATE_S = 2.0
 
 
 @pytest.mark.parametrize("cut", [Cut.COLOUR, Cut.BARRIER])
@@ -57,15 +57,11 @@ async def save_with_late_vm(monkeypatch: pytest.MonkeyPatch, place: qsnap.Place)
     return judge(saved, place).orphans
 
 
-async def test_colouring_makes_a_late_vm_consistent(
-    monkeypatch: pytest.MonkeyPatch, eleven: qsnap.Place
-) -> None:
+async def test_colouring_makes_a_late_vm_consistent(monkeypatch: pytest.MonkeyPatch, eleven: qsnap.Place) -> None:
     assert await save_with_late_vm(monkeypatch, eleven) == 0
 
 
-async def test_without_colouring_the_oracle_finds_orphans(
-    monkeypatch: pytest.MonkeyPatch, eleven: qsnap.Place
-) -> None:
+async def test_without_colouring_the_oracle_finds_orphans(monkeypatch: pytest.MonkeyPatch, eleven: qsnap.Place) -> None:
     """Negative control: the same late VM with all taps left on one bridge."""
 
     def no_moves(*arguments: Any) -> list[Any]:

@@ -60,9 +60,7 @@ async def capture_and_compare(live: qsnap.host.runtime.LiveVM, qmp_path: str, en
 @pytest.mark.parametrize(
     ("qemu", "engine"), [(QEMU_7, Engine.BACKGROUND), (QEMU_11, Engine.BACKGROUND), (QEMU_11, Engine.PRECOPY)]
 )
-async def test_stored_ram_is_the_guests_ram(
-    qemu: str, engine: Engine, place: qsnap.Place, tmp_path: Path
-) -> None:
+async def test_stored_ram_is_the_guests_ram(qemu: str, engine: Engine, place: qsnap.Place, tmp_path: Path) -> None:
     vne = make_vne("ram", qemu=qemu, vms=1, backing=qsnap.Backing.MEMFD, guest={"rate_mb": 1000})
     await qsnap.up(vne, place=place)
     async with open_consoles("ram", place, 1) as consoles:

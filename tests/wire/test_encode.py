@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from qsnap.wire import encode
 from qsnap.wire.events import Command
-from qsnap.wire.records import CommandType, RAMBlock, RamSetup, ReturnPathMessage
+from qsnap.wire.records import CommandType, RAMBlock, RamSetup
 
 from . import building as b
 from .folding import RECORDED, Folded, fold, read_recorded
@@ -79,8 +79,3 @@ def test_sections_are_as_built_by_hand() -> None:
     assert encode.encode_ram_setup(RAM) == b.setup({block.idstr: block.used_length for block in RAM.blocks})
     assert encode.encode_ram_end(RAM) + encode.encode_section_end(RAM) == b.end()
     assert encode.encode_command(Command(CommandType.PING, b"1234")) == b.command(2, b"1234")
-
-
-def test_return_path_messages() -> None:
-    assert encode.encode_return_path(ReturnPathMessage.SWITCHOVER_ACK) == b"\0\7\0\0"
-    assert encode.encode_return_path(ReturnPathMessage.SHUT, bytes(4)) == b"\0\1\0\4\0\0\0\0"

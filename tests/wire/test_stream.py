@@ -12,7 +12,7 @@ from qsnap.wire.records import CommandType
 from qsnap.wire.stream import StreamReader
 
 from . import building as b
-from .folding import drain, events, fold, make_reader
+from .folding import events, fold, make_reader
 
 BLOCKS = {"pc.ram": 16 * b.PAGE, "vga.vram": 2 * b.PAGE}
 HEAD = b.header() + b.setup(BLOCKS)
@@ -86,19 +86,6 @@ def test_a_machine_without_devices_ends_its_ram_with_the_stream() -> None:
     ram_end = fold([stream]).ram_end
     assert ram_end is not None
     assert ram_end.idstr == ""
-
-
-def test_is_complete_before_the_channel_closes() -> None:
-    stream = b.stream(b.end(), blocks=BLOCKS)
-    reader = make_reader()
-    for size in (len(stream) - 1, 1):
-        assert not reader.is_complete()
-        buffer = reader.get_buffer()
-        begin = reader.stream_offset
-        buffer[:size] = stream[begin : begin + size]
-        reader.buffer_updated(size)
-        list(drain(reader))
-    assert reader.is_complete()
 
 
 def test_device_state_beyond_its_limit() -> None:
