@@ -88,7 +88,7 @@ def seven(golden: qsnap.Place) -> Iterator[qsnap.Place]:
 def _clean(golden: qsnap.Place, name: str) -> Iterator[qsnap.Place]:
     yield golden
     trio.run(_tidy, golden, name)
-    assert not find_processes([str(golden.run)]), "a process was left behind"
+    assert not find_processes([f"{golden.run}/{name}/"]), "a process was left behind"
 
 
 async def _tidy(place: qsnap.Place, name: str) -> None:
