@@ -33,6 +33,7 @@ class Daemon:
     ended: trio.Event = field(factory=trio.Event)
     result: dict[str, Any] = field(factory=dict)
     failure: QsnapError | None = None
+    _discarding: trio.Lock = field(factory=trio.Lock)
 
     async def wait_tracking(self) -> None:
         """Return once QEMU has saved its devices and tracks writes. Raises what ended the daemon before that."""
@@ -48,16 +49,20 @@ class Daemon:
         return self.result
 
     async def read_to_end(self) -> None:
-        """Take the rest of the stream and throw it away: the process is ended, and QEMU is none the wiser."""
-        if self.spare_fd is None:
-            return
+        """End the process, take the rest of its stream and throw it away, so that QEMU is none the wiser."""
         self.process.kill()
         await self.process.wait()
-        os.set_blocking(self.spare_fd, False)
-        while True:
-            await trio.lowlevel.wait_readable(self.spare_fd)
-            if not os.read(self.spare_fd, DISCARD_BYTES):
-                return
+        await self._discard_rest()
+
+    async def _discard_rest(self) -> None:
+        if self.spare_fd is None:
+            return
+        async with self._discarding:
+            with trio.CancelScope(shield=True):  # QEMU holds its locks while it waits for a reader
+                while True:
+                    await trio.lowlevel.wait_readable(self.spare_fd)
+                    if not os.read(self.spare_fd, DISCARD_BYTES):
+                        return
 
     async def listen(self) -> None:
         """Take in the daemon's messages until it ends."""
@@ -73,6 +78,8 @@ class Daemon:
             self.failure = QemuError("the receiver ended before the stream did", where=f"VM {self.vm}")
         self.tracking.set()
         self.ended.set()
+        if self.failure is not None:
+            await self._discard_rest()
 
     def _take(self, message: dict[str, Any]) -> None:
         match message["event"]:
@@ -129,7 +136,7 @@ async def open_daemon(
         )
     finally:
         theirs.close()
-        spare_fd = os.dup(stream_in) if keeps_reading else None
+        spare_fd = os.dup(stream_in) if keeps_reading else None  # one open pipe: both see what the other leaves
         os.close(stream_in)
     daemon = Daemon(vm, process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)), on_bytes, spare_fd)
     nursery.start_soon(daemon.listen)
