@@ -102,6 +102,7 @@ class Capture(ABC):
             await self.qmp.send_fd(FD_NAME, stream_fd)
         finally:
             os.close(stream_fd)
+        await self.daemon.wait_ready()
 
     async def stop(self) -> None:
         """The VM's cut: stop it, redirect its disks, and make its taps post-snapshot."""

@@ -29,11 +29,18 @@ class Daemon:
     status: trio.SocketStream
     on_bytes: Callable[[int], None]
     spare_fd: int | None = None  #: a second descriptor of the stream, so that it does not break when the process dies
+    ready: trio.Event = field(factory=trio.Event)  #: it reads the stream from now on
     tracking: trio.Event = field(factory=trio.Event)  #: set at the first RAM record: QEMU tracks writes by now
     ended: trio.Event = field(factory=trio.Event)
     result: dict[str, Any] = field(factory=dict)
     failure: QsnapError | None = None
     _discarding: trio.Lock = field(factory=trio.Lock)
+
+    async def wait_ready(self) -> None:
+        """Return once the process reads its stream. Raises what ended it before that."""
+        await self.ready.wait()
+        if self.failure is not None:
+            raise self.failure
 
     async def wait_tracking(self) -> None:
         """Return once QEMU has saved its devices and tracks writes. Raises what ended the daemon before that."""
@@ -76,13 +83,15 @@ class Daemon:
             pass  # it died, or is no longer needed: the same as an end without a result
         if not self.result and self.failure is None:
             self.failure = QemuError("the receiver ended before the stream did", where=f"VM {self.vm}")
-        self.tracking.set()
-        self.ended.set()
+        for event in (self.ready, self.tracking, self.ended):
+            event.set()
         if self.failure is not None:
             await self._discard_rest()
 
     def _take(self, message: dict[str, Any]) -> None:
         match message["event"]:
+            case "ready":
+                self.ready.set()
             case "tracking":
                 self.tracking.set()
             case "progress":
