@@ -67,17 +67,29 @@ class Links:
     netns: str
     _jobs: queue.SimpleQueue[Job | None] = field(factory=queue.SimpleQueue)
 
+    async def warm_up(self, steps: Iterable[Move]) -> None:
+        """Look up the interfaces of steps that are to come, so that their time is the kernel's alone."""
+        names = [name for step in steps for name in (step.name, step.bridge)]
+        await self._run(lambda kernel: [kernel.index(name) for name in names])
+
     async def apply(self, steps: Iterable[LinkStep]) -> None:
         """Apply the steps in order, as one piece. Raises HostError at the first that the kernel refuses."""
+
+        def apply_all(kernel: Kernel) -> None:
+            for step in steps:
+                _apply(kernel, step, self.netns)
+
+        await self._run(apply_all)
+
+    async def _run(self, call: Callable[[Kernel], object]) -> None:
         token = trio.lowlevel.current_trio_token()
         done = trio.Event()
-        failures: list[HostError] = []
+        failures: list[Exception] = []
 
         def job(kernel: Kernel) -> None:
             try:
-                for step in steps:
-                    _apply(kernel, step, self.netns)
-            except HostError as error:
+                call(kernel)
+            except Exception as error:  # raised again below, in the task that asked
                 failures.append(error)
             finally:
                 token.run_sync_soon(done.set)

@@ -20,7 +20,7 @@ from qsnap.errors import QemuError, QsnapError
 from qsnap.host.daemon import Daemon
 from qsnap.host.disks import DiskCut
 from qsnap.host.qmp import Qmp, QmpError, deadline
-from qsnap.host.tasks import one_error
+from qsnap.host.tasks import one_error, run_all
 from qsnap.model import Engine, Measurements
 
 DOWNTIME_LIMIT_MS = 1  #: a precopy ends when what is left can be sent in this time
@@ -232,8 +232,7 @@ class Background(Capture):
                 nursery.cancel_scope.cancel()
 
     async def _release(self) -> None:
-        await self._start_migration()
-        await self.daemon.wait_tracking()
+        await run_all([self._start_migration, self.daemon.wait_tracking])
         if self.was_running and not self._has_resumed():
             await cont(self.qmp)
         elif not self.was_running:
@@ -277,15 +276,14 @@ class Precopy(Capture):
         while not self._has_stopped():
             info = await self.qmp.execute("query-migrate")
             passes = info.get("ram", {}).get("dirty-sync-count", 0)
-            if info["status"] in ("failed", "cancelled"):
-                return
             if passes > self.bounds.passes or trio.current_time() > deadline:
                 await self._end_anyway()
                 return
             if passes > self.bounds.passes_at_first_limit and not limit_raised:
                 limit_raised = True
                 await self.qmp.execute("migrate-set-parameters", {"downtime-limit": self.bounds.last_limit_ms})
-            await trio.sleep(POLL_S)
+            with trio.move_on_after(POLL_S):  # the pause has begun when this ends early
+                await self._wait_migration("pre-switchover")
 
     def _has_stopped(self) -> bool:
         return any(event.name == "STOP" for event in self.qmp.events[self.mark :]) or not self.was_running

@@ -198,4 +198,3 @@ async def kvm_works(qemu: str) -> bool:
             done = await trio.run_process(command, check=False, stdout=DEVNULL, stderr=DEVNULL)
             return done.returncode == _PROBE_STATUS
     return False
-

@@ -156,7 +156,9 @@ class _Saving:
                 on_bytes=lambda done: self.progress("save", vm.vm.name, done, vm.vm.memory_bytes),
             )
         )
-        move_taps = partial(self.links.apply, self._moves(vm, self.live.active.other))
+        moves = self._moves(vm, self.live.active.other)
+        await self.links.warm_up(moves)
+        move_taps = partial(self.links.apply, moves)
         capture: Capture
         if engine is Engine.PRECOPY:
             force = self.wish is Engine.PRECOPY or bool(facts.background_refusal)

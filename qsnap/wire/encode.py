@@ -79,4 +79,3 @@ def _records(block: RAMBlock, page_offsets: NDArray[np.uint64], payloads: NDArra
     records[:, :WORD_BYTES] = words.view(np.uint8).reshape(-1, WORD_BYTES)
     records[:, WORD_BYTES:] = payloads[1:]
     return b"".join([first, records.tobytes()])
-
