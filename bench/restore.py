@@ -5,7 +5,6 @@ Run by `scripts/bench restore [--json] [--runs N]`; medians of at least 5 runs.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ async def start_to_greeting() -> float:
         path = f"{directory}/qmp.sock"
         command = [QEMU, "-S", "-display", "none", "-nodefaults", "-m", f"{MEMORY_MIB}M"]
         started = time.perf_counter()
-        process = subprocess.Popen([*command, "-qmp", f"unix:{path},server=on,wait=off"])
+        process = await trio.lowlevel.open_process([*command, "-qmp", f"unix:{path},server=on,wait=off"])
         try:
             while not Path(path).exists():
                 await trio.sleep(0.001)
@@ -36,7 +35,7 @@ async def start_to_greeting() -> float:
                 return (time.perf_counter() - started) * 1e3
         finally:
             process.kill()
-            process.wait()
+            await process.wait()
 
 
 async def measure(rate: int) -> list[dict[str, Any]]:

@@ -111,7 +111,7 @@ def _check_background(facts: Facts) -> None:
 
 
 def _background_advice(reason: str) -> str:
-    if "memory backend" in reason.lower():
+    if "memory" in reason.lower():
         return (
             "Its RAM cannot be write-protected (a file on disk, mapped at restore): take precopy, or restore with "
             "--ram eager, which copies the RAM into memory of the VM's own."

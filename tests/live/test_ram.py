@@ -31,7 +31,7 @@ def copy_ram(pid: int) -> bytes:
     raise AssertionError("no mapping of the guest's memory")
 
 
-async def capture_and_compare(live: qsnap.host.runtime.LiveVM, qmp_path: str, engine: Engine, directory: Path) -> int:
+async def capture_and_compare(live: LiveVM, qmp_path: str, engine: Engine, directory: Path) -> int:
     """Capture one VM and count the bytes in which its file differs from its RAM at the stop."""
     copies: list[bytes] = []
 
@@ -45,6 +45,7 @@ async def capture_and_compare(live: qsnap.host.runtime.LiveVM, qmp_path: str, en
             vm=live.vm.name,
             backed=(RAM_ID,),
             ram_limit_bytes=1 << 30,
+            keeps_reading=False,
             on_bytes=lambda done: None,
         )
         async with daemon_context as (daemon, stream_fd):

@@ -1,0 +1,82 @@
+"""The command line: what the guest can see is apart from what the host gives it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qsnap.model import VM, Accelerator, Disk, Nic
+from qsnap.rules.command import (
+    AnonymousRam,
+    Backends,
+    FilledRam,
+    MappedRam,
+    MemfdRam,
+    Ram,
+    plan_command,
+    plan_hardware,
+    with_machine_type,
+)
+
+VM_ = VM(
+    "web",
+    1 << 29,
+    kernel="/boot/k",
+    append="quiet",
+    disks=(Disk("/a.qcow2"), Disk("/b.raw", "raw", "ide-hd")),
+    nics=(Nic("lan", "52:54:00:00:00:01"),),
+    extra=("-device", "VGA"),
+)
+BACKENDS = Backends("/run/q,snap/web", AnonymousRam(), ("/s/0.qcow2", "/s/1.qcow2"), ("tap0-0",))
+
+
+def test_hardware_names_nothing_of_the_host() -> None:
+    hardware = " ".join(plan_hardware(VM_, Accelerator.TCG))
+    for word in ("/run", "/s/", "tap0-0", "accel", "incoming"):
+        assert word not in hardware
+
+
+def test_the_same_hardware_whatever_the_host_gives() -> None:
+    hardware = plan_hardware(VM_, Accelerator.TCG)
+    one = plan_command(VM_, "lab/web", hardware, Accelerator.TCG, BACKENDS)
+    other = Backends("/elsewhere", MappedRam("/x"), ("/y", "/z"), ("tap5-0",), incoming=True)
+    two = plan_command(VM_, "lab/web", hardware, Accelerator.TCG, other)
+    assert " ".join(hardware) in " ".join(one)
+    assert " ".join(hardware) in " ".join(two)
+    assert two[-2:] == ["-incoming", "defer"]
+    assert "-incoming" not in one
+
+
+def test_a_machine_alias_is_resolved() -> None:
+    hardware = with_machine_type(plan_hardware(VM_, Accelerator.TCG), "pc-i440fx-7.2")
+    assert hardware[:2] == ("-machine", "pc-i440fx-7.2,memory-backend=pc.ram")
+    assert hardware[2:] == plan_hardware(VM_, Accelerator.TCG)[2:]
+
+
+@pytest.mark.parametrize(
+    ("ram", "expected"),
+    [
+        (AnonymousRam(), {"qom-type": "memory-backend-ram"}),
+        (MemfdRam(hugetlb=True), {"qom-type": "memory-backend-memfd", "hugetlb": True, "prealloc": True}),
+        (MappedRam("/f,ile"), {"qom-type": "memory-backend-file", "mem-path": "/f,ile", "share": False}),
+        (FilledRam(7), {"qom-type": "memory-backend-file", "mem-path": "/proc/self/fd/7", "share": True}),
+    ],
+)
+def test_ram(ram: Ram, expected: dict[str, object]) -> None:
+    backends = Backends("/run", ram, (), ())
+    command = plan_command(VM_, "lab/web", (), Accelerator.TCG, backends)
+    found = json.loads(command[command.index("-object") + 1])
+    assert found | expected == found
+    assert (found["id"], found["size"]) == ("pc.ram", 1 << 29)
+
+
+def test_commas_in_a_path_are_no_new_option() -> None:
+    command = plan_command(VM_, "lab/web", (), Accelerator.TCG, BACKENDS)
+    sockets = [word for word in command if word.startswith("socket,")]
+    assert all("path=/run/q,,snap/web/" in word for word in sockets)
+
+
+def test_kvm_takes_the_hosts_processor_unless_told_otherwise() -> None:
+    assert plan_hardware(VM_, Accelerator.KVM)[6:8] == ("-cpu", "host")
+    assert "-cpu" not in plan_hardware(VM_, Accelerator.TCG)

@@ -1,0 +1,85 @@
+"""Which engine is taken, for which reason, and what a refusal tells."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from attrs import evolve
+
+from qsnap.errors import EngineRefusedError
+from qsnap.model import Accelerator, Engine
+from qsnap.rules.engine import Decision, Facts, choose_engine, must_read_to_end
+
+PLAIN = Facts(
+    vm="web",
+    qemu_version=(11, 1, 3),
+    accelerator=Accelerator.TCG,
+    hugetlb=False,
+    running=True,
+    background_refusal="",
+    precopy_refusal="",
+)
+MEMORY = "Background-snapshot is not compatible with guest memory configuration"
+
+
+@pytest.mark.parametrize(
+    ("changes", "engine"),
+    [
+        ({}, Engine.PRECOPY),
+        ({"hugetlb": True}, Engine.BACKGROUND),
+        ({"waits": True}, Engine.BACKGROUND),
+        ({"waits": True, "background_refusal": MEMORY}, Engine.PRECOPY),
+        ({"hugetlb": True, "background_refusal": MEMORY}, Engine.PRECOPY),
+        ({"qemu_version": (7, 2, 22)}, Engine.BACKGROUND),
+        ({"qemu_version": (7, 2, 22), "accelerator": Accelerator.KVM}, Engine.PRECOPY),
+        ({"precopy_refusal": "VFIO"}, Engine.BACKGROUND),
+        ({"running": False}, Engine.BACKGROUND),
+        ({"running": False, "qemu_version": (7, 2, 22)}, Engine.PRECOPY),
+        ({"running": False, "background_refusal": MEMORY}, Engine.PRECOPY),
+    ],
+)
+def test_auto(changes: dict[str, Any], engine: Engine) -> None:
+    decision = choose_engine(Engine.AUTO, evolve(PLAIN, **changes))
+    assert decision.engine is engine
+    assert decision.reason
+
+
+def decide(wish: Engine, facts: Facts) -> Decision | EngineRefusedError:
+    try:
+        return choose_engine(wish, facts)
+    except EngineRefusedError as refusal:
+        return refusal
+
+
+def test_every_combination_is_decided_or_refused_with_a_way_out() -> None:
+    combinations = itertools.product(
+        Engine, [(7, 2, 22), (11, 1, 3)], Accelerator, [True, False], [True, False], ["", MEMORY], ["", "VFIO"]
+    )
+    for wish, version, accelerator, hugetlb, running, background, precopy in combinations:
+        facts = Facts("web", version, accelerator, hugetlb, running, background, precopy)
+        decision = decide(wish, facts)
+        if isinstance(decision, EngineRefusedError):
+            assert decision.advice
+            assert "web" in decision.where
+            continue
+        assert decision.engine is not Engine.AUTO
+        refused = background if decision.engine is Engine.BACKGROUND else precopy
+        assert not refused, "an engine was taken that QEMU refuses"
+
+
+def test_precopy_under_old_tcg_is_refused_by_name() -> None:
+    with pytest.raises(EngineRefusedError, match=r"TCG loses writes before QEMU 9\.0, and this is 8\.2\.1"):
+        choose_engine(Engine.PRECOPY, evolve(PLAIN, qemu_version=(8, 2, 1)))
+
+
+def test_a_refusal_is_qemus_own_reason() -> None:
+    with pytest.raises(EngineRefusedError, match=MEMORY) as caught:
+        choose_engine(Engine.BACKGROUND, evolve(PLAIN, background_refusal=MEMORY))
+    assert "restore with --ram eager" in caught.value.advice
+
+
+def test_streams_that_must_be_read_to_their_end() -> None:
+    assert must_read_to_end((8, 0, 5))
+    assert not must_read_to_end((8, 1, 0))
