@@ -25,7 +25,21 @@ if TYPE_CHECKING:
     from qsnap.host.place import Place
     from qsnap.host.restoring import RestoreReport, restore
     from qsnap.host.saving import snapshot
-    from qsnap.model import VM, VNE, Accelerator, Backing, Cut, Disk, Engine, Network, Nic, RamMode, Snapshot
+    from qsnap.model import (
+        VM,
+        VNE,
+        Accelerator,
+        Backing,
+        Cut,
+        Disk,
+        Engine,
+        Measurements,
+        Network,
+        Nic,
+        RamMode,
+        Snapshot,
+        VMSnapshot,
+    )
 
 _HOMES = {
     "qsnap.errors": (
@@ -74,6 +88,8 @@ _HOMES = {
         "Nic",
         "RamMode",
         "Snapshot",
+        "VMSnapshot",
+        "Measurements",
     ),
 }
 
@@ -102,6 +118,7 @@ __all__ = [
     "EngineRefusedError",
     "HostError",
     "IntegrityError",
+    "Measurements",
     "Network",
     "Nic",
     "Place",
@@ -112,6 +129,7 @@ __all__ = [
     "Snapshot",
     "StateError",
     "StreamError",
+    "VMSnapshot",
     "VMStatus",
     "VNEStatus",
     "console_path",

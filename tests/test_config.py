@@ -74,7 +74,7 @@ def test_a_whole_description() -> None:
         nics=(Nic("lan", alice.nics[0].mac),),
     )
     assert (bob.memory_bytes, bob.vcpus, bob.accelerator) == (512 << 20, 2, Accelerator.TCG)
-    assert bob.qemu == "/srv/./qemu/qemu-system-x86_64"
+    assert bob.qemu == "/srv/qemu/qemu-system-x86_64"
     assert bob.nics[1] == Nic("wan", "52:54:00:ab:cd:ef", "e1000")
     assert bob.extra == ("-device", "virtio-rng-pci")
 
@@ -273,7 +273,7 @@ class TestFiles:
             ("vm.alice.kernel", "/srv/boot/vmlinuz"),
             ("vm.alice.disks[0].file", "/srv/alice.qcow2"),
             ("vm.alice.disks[1].file", "/images/data.img"),
-            ("vm.bob.qemu", "/srv/./qemu/qemu-system-x86_64"),
+            ("vm.bob.qemu", "/srv/qemu/qemu-system-x86_64"),
             ("vm.bob.kernel", "/srv/boot/vmlinuz"),
         )
 

@@ -171,7 +171,7 @@ def tuple_of(read: Reader[T]) -> Reader[tuple[T, ...]]:
 def path(source: Source, key: Key, value: object) -> str:
     """A path, resolved against the description's directory. An empty one stays empty: no such file."""
     text = string(source, key, value)
-    return posixpath.join(source.base_dir, text) if text else ""
+    return posixpath.normpath(posixpath.join(source.base_dir, text)) if text and source.base_dir else text
 
 
 def memory(source: Source, key: Key, value: object) -> int:

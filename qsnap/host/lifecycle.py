@@ -63,7 +63,7 @@ async def up(vne: VNE, *, place: Place | None = None, progress: Progress = no_pr
     async with exclusive(runtime, vne.name):
         if vne.name in runtime.names():
             raise StateError(f"VNE {vne.name} is up already, or was not taken down", advice=f"qsnap down {vne.name}")
-        live = LiveVNE(vne, str(place.store), f"qsnap-{vne.name}", Colour.RED, ())
+        live = LiveVNE(vne, str(place.store), runtime.netns(vne.name), Colour.RED, ())
         try:
             await _bring_up(live, runtime, progress)
         except BaseException:

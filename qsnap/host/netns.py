@@ -23,14 +23,9 @@ def netns_path(name: str) -> str:
 
 
 async def create_netns(name: str) -> None:
-    """Make the namespace, or leave the one that stands. IPv6 is off in it: bridges must not speak by themselves."""
-
-    def create() -> None:
-        if not os.path.exists(netns_path(name)):
-            netns.create(name)
-
+    """Make the namespace. IPv6 is off in it: bridges must not speak by themselves."""
     try:
-        await trio.to_thread.run_sync(create)
+        await trio.to_thread.run_sync(netns.create, name)
         await run_in_netns(name, _without_ipv6)
     except OSError as error:
         raise HostError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from attrs import field, frozen
 
 from qsnap.host.qmp import open_loop
-from qsnap.host.runtime import Runtime
+from qsnap.host.runtime import USUAL_ROOT, Runtime
 from qsnap.host.store import Store
 from qsnap.host.tasks import one_error
 
@@ -25,7 +25,7 @@ def no_progress(stage: str, vm: str, done: int, total: int) -> None:
 def default_run_dir() -> Path:
     """`/run/qsnap` for root, else a directory of the user's own."""
     if os.geteuid() == 0:
-        return Path("/run/qsnap")
+        return USUAL_ROOT
     return Path(os.environ.get("XDG_RUNTIME_DIR", f"/tmp/qsnap-{os.geteuid()}")) / "qsnap"
 
 

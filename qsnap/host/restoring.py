@@ -121,7 +121,7 @@ class _Restoring:
 
     async def run(self, paused: bool) -> None:
         vne = self.saved.vne
-        live = LiveVNE(vne, str(self.store.root), f"qsnap-{vne.name}", Colour.RED, ())
+        live = LiveVNE(vne, str(self.store.root), self.runtime.netns(vne.name), Colour.RED, ())
         self.runtime.save(live)
         await self._check_accelerators()
         if self.qemu:

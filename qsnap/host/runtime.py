@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from qsnap.errors import BusyError, HostError, StateError
 from qsnap.host.qemu import Process
 from qsnap.model import VM, VNE, Accelerator, Colour
 
+USUAL_ROOT = Path("/run/qsnap")  #: of root; there a namespace is named after its VNE alone
 LONGEST_SOCKET_PATH = 107  #: sun_path less its final NUL (sys/un.h)
 _converter = make_converter()
 
@@ -82,6 +84,12 @@ class Runtime:
     def directory(self, vne: str) -> Path:
         """Where a VNE's state, sockets and logs are."""
         return self.root / vne
+
+    def netns(self, vne: str) -> str:
+        """The name of a VNE's network namespace: other run directories may hold a VNE of the same name."""
+        if self.root == USUAL_ROOT:
+            return f"qsnap-{vne}"
+        return f"qsnap-{vne}-{hashlib.sha256(os.fsencode(self.root)).hexdigest()[:8]}"
 
     def vm_directory(self, vne: str, vm: str) -> Path:
         """Where a VM's sockets and logs are. Raises HostError if its socket paths would be too long."""

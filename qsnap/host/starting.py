@@ -10,7 +10,7 @@ from attrs import frozen
 
 from qsnap.host.bridges import open_links
 from qsnap.host.disks import create_overlay
-from qsnap.host.netns import create_netns, netns_path
+from qsnap.host.netns import create_netns, netns_path, remove_netns
 from qsnap.host.qemu import Process, find_program, start_qemu
 from qsnap.host.qmp import Qmp
 from qsnap.host.runtime import LiveDisk, LiveVM, LiveVNE, Runtime
@@ -57,7 +57,8 @@ class Start:
 
 
 async def build_networks(live: LiveVNE) -> None:
-    """Make the namespace of a VNE with all its bridges, links and taps."""
+    """Make the namespace of a VNE with all its bridges, links and taps. One that a crash left behind goes first."""
+    await remove_netns(live.netns)
     await create_netns(live.netns)
     async with open_links(live.netns) as links:
         await links.apply(plan_networks(live.vne, live.active))
