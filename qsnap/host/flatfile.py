@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import itertools
 import os
 from collections.abc import Iterator
@@ -14,11 +16,13 @@ from qsnap.wire.events import PageRun, ZeroRun
 from qsnap.wire.records import RAMBlock
 
 _IOV_MAX = 1024
+_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # linux/falloc.h; os has no fallocate(2)
+_libc = ctypes.CDLL(None, use_errno=True)
 _CHUNK_PAGES = 256
 
 
 class FlatFile:
-    """The page at offset X of `block` is at file offset X. Pages that never had content are holes."""
+    """The page at offset X of `block` is at file offset X. Zero pages are holes."""
 
     def __init__(self, block: RAMBlock, path: str, target_page_size: int) -> None:
         self.block = block
@@ -56,9 +60,9 @@ class FlatFile:
         self._is_zero[indices] = True
         stale = indices[self._has_data[indices]]
         self._has_data[stale] = False
-        zero_page = memoryview(bytes(self._target_page_size))
+        size = self._target_page_size
         for begin, end in _neighbours(stale):
-            _write_all(self._fd, [zero_page] * (end - begin), int(stale[begin]) * self._target_page_size)
+            _clear(self._fd, int(stale[begin]) * size, (end - begin) * size)
 
     def encode_records(self) -> Iterator[bytes]:
         """All pages that were sent, as records of a stream."""
@@ -81,6 +85,16 @@ def _neighbours(indices: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
         return iter(())
     edges = np.flatnonzero(np.diff(indices) != 1) + 1
     return itertools.pairwise([0, *edges.tolist(), indices.size])
+
+
+def _clear(fd: int, offset: int, length: int) -> None:
+    """Make a part of the file zero, and a hole where the file system can."""
+    if _libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
+        return
+    number = ctypes.get_errno()
+    if number != errno.EOPNOTSUPP:
+        raise OSError(number, os.strerror(number))
+    _write_all(fd, [memoryview(bytes(length))], offset)
 
 
 def _write_all(fd: int, pieces: list[memoryview], offset: int) -> None:

@@ -216,8 +216,14 @@ class _Saving:
         folder = f"snapshots/{self.name}/{vm.vm.name}"
 
         async def seal(path: str) -> StoredFile:
-            self.progress("seal", vm.vm.name, 0, 0)
-            return known.get(path) or await self.store.seal_file(vne, path)
+            return known.get(path) or await self.store.seal_file(vne, path, count)
+
+        sealed, total = 0, vm.vm.memory_bytes
+
+        def count(more: int) -> None:
+            nonlocal sealed
+            sealed += more
+            self.progress("seal", vm.vm.name, sealed, max(sealed, total))
 
         ram = []
         for block in captured.receipt["blocks"]:

@@ -172,6 +172,15 @@ def test_no_tracking_without_a_ram_record(daemons: Any) -> None:
     assert daemon.message()["event"] == "error"
 
 
+def test_a_page_that_becomes_zero_becomes_a_hole(daemons: Any) -> None:
+    full = b.part(b"".join(b.data_page(index * b.PAGE, bytes([7]) * b.PAGE, "pc.ram") for index in range(64)))
+    empty = b.part(b"".join(b.zero_page(index * b.PAGE, "pc.ram") for index in range(64)))
+    daemon = daemons()
+    done = daemon.finish(b.header() + b.setup({"pc.ram": 64 * b.PAGE}) + full + empty + b.end() + b.devices())
+    file = os.stat(done["blocks"][0]["file"])
+    assert (file.st_size, file.st_blocks) == (64 * b.PAGE, 0)
+
+
 def test_a_stream_that_must_not_break_is_read_to_its_end(daemons: Any) -> None:
     """The parent goes away in the middle; the source can still write as much as it likes."""
     daemon = daemons("--keep-reading")

@@ -16,6 +16,7 @@ from qsnap.host.lifecycle import take_down
 from qsnap.host.qemu import find_processes
 from tests.live.lab import GUEST, QEMU_7, QEMU_11, ROOT, make_vne, open_consoles, wait_ready
 
+HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 KEPT = ROOT / "build/test-consoles"
 
 
@@ -37,12 +38,14 @@ def place(request: pytest.FixtureRequest) -> Iterator[qsnap.Place]:
     """Directories of the test's own; afterwards nothing of its VNEs may be left on the machine."""
     with tempfile.TemporaryDirectory(prefix="qsnap-", dir="/var/tmp") as root:
         place = qsnap.Place(f"{root}/run", f"{root}/store")
+        pool = HUGE_PAGES.read_text()
         yield place
         _keep_consoles(place, request.node.name)
         up = place.runtime().names()
         for name in up:
             trio.run(take_down, name, place.runtime())
         assert not find_processes([root]), "a process was left behind"
+        assert HUGE_PAGES.read_text() == pool, "huge pages were not given back"
 
 
 def _keep_consoles(place: qsnap.Place, test: str) -> None:
