@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -217,9 +218,32 @@ class Background(Capture):
     """
 
     read_to_end: bool = False  #: before QEMU 8.1: see `must_read_to_end`
+    keeps_paused: bool = False  #: from QEMU 9.0 on: see `stop`
 
     engine = Engine.BACKGROUND
     capabilities = BACKGROUND_CAPABILITIES
+
+    async def stop(self) -> None:
+        """Where a paused VM stays paused, QEMU takes the device state while the taps are still being moved."""
+        if not self.keeps_paused:
+            await super().stop()
+            return
+        self.stopped = True
+        self.began = self.mark = len(self.qmp.events)
+        self.started_s = trio.current_time()
+        migrate = ("migrate", {"uri": f"fd:{FD_NAME}"})
+        commands = (("stop", {}), *self.disks.commands(), migrate)
+        calls: list[Callable[[], Awaitable[object]]] = [
+            partial(self.qmp.execute_all, *commands),
+            self._move_taps_once_stopped,
+        ]
+        with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
+            await run_all(calls)
+
+    async def _move_taps_once_stopped(self) -> None:
+        if self.was_running:
+            await self.qmp.wait_event(lambda event: event.name == "STOP", since=self.mark)
+        await self.move_taps()
 
     async def _end_migration(self) -> None:
         if not self.read_to_end:
@@ -232,7 +256,9 @@ class Background(Capture):
                 nursery.cancel_scope.cancel()
 
     async def _release(self) -> None:
-        await run_all([self._start_migration, self.daemon.wait_tracking])
+        if not self.keeps_paused:
+            await self._start_migration()
+        await self.daemon.wait_tracking()
         if self.was_running and not self._has_resumed():
             await cont(self.qmp)
         elif not self.was_running:

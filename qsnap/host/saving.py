@@ -27,7 +27,7 @@ from qsnap.host.tasks import run_all
 from qsnap.model import Colour, Cut, DiskImage, Engine, RamBlockFile, Snapshot, StoredFile, VMSnapshot
 from qsnap.rules.colouring import Move, plan_direction, plan_moves
 from qsnap.rules.command import RAM_ID
-from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine, must_read_to_end
+from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine, keeps_paused, must_read_to_end
 from qsnap.rules.manifest import files_in
 
 DEVICE_RAM_BYTES = 2 << 30  #: allowed for in a stream beside the guest's memory: video RAM, ROMs, tables
@@ -164,7 +164,15 @@ class _Saving:
             force = self.wish is Engine.PRECOPY or bool(facts.background_refusal)
             capture = Precopy(qmp, daemon, disks, facts.running, move_taps, force=force)
         else:
-            capture = Background(qmp, daemon, disks, facts.running, move_taps, read_to_end=keeps_reading)
+            capture = Background(
+                qmp,
+                daemon,
+                disks,
+                facts.running,
+                move_taps,
+                read_to_end=keeps_reading,
+                keeps_paused=keeps_paused(facts.qemu_version),
+            )
         self.undo.push_async_callback(_unless_dead, capture.abort)
         await capture.prepare(stream_fd)
         return capture

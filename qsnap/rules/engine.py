@@ -48,6 +48,11 @@ def precopy_is_safe(version: Version, accelerator: Accelerator) -> bool:
     return accelerator is Accelerator.KVM or version >= TCG_PRECOPY_SINCE
 
 
+def keeps_paused(version: Version) -> bool:
+    """Whether a VM that was paused before a background snapshot is still paused when its state has been taken."""
+    return version >= BACKGROUND_KEEPS_PAUSED_SINCE
+
+
 def must_read_to_end(version: Version) -> bool:
     """Whether a background snapshot, once begun, has to be read to its end even if nobody wants it any more.
 
@@ -71,9 +76,9 @@ def choose_engine(wish: Engine, facts: Facts) -> Decision:
 def _choose(facts: Facts) -> Decision:
     background, precopy = _refusal(_check_background, facts), _refusal(_check_precopy, facts)
     if not facts.running:
-        keeps_paused = background is None and facts.qemu_version >= BACKGROUND_KEEPS_PAUSED_SINCE
-        if keeps_paused or precopy is None:
-            return Decision(Engine.BACKGROUND if keeps_paused else Engine.PRECOPY, "it is paused, and stays so")
+        by_background = background is None and keeps_paused(facts.qemu_version)
+        if by_background or precopy is None:
+            return Decision(Engine.BACKGROUND if by_background else Engine.PRECOPY, "it is paused, and stays so")
     if background is None and facts.hugetlb:
         return Decision(Engine.BACKGROUND, "RAM in huge pages: the shortest pause at any dirty rate")
     if background is None and facts.waits:
