@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -136,6 +137,8 @@ class Capture(ABC):
 
     async def abort(self) -> None:
         """End the capture: no migration, and the VM running if it was found running."""
+        with suppress(QmpError):  # a stream that no migration has taken up ends here, and with it whoever reads it
+            await self.qmp.execute("closefd", {"fdname": FD_NAME})
         await self._end_migration()
         with deadline(STEP_TIMEOUT_S, "the undoing", self.qmp.vm):
             if self.stopped and self.was_running:
@@ -297,12 +300,12 @@ class Precopy(Capture):
 
     async def _converge(self) -> None:
         """Return when QEMU has stopped the VM, or was made to."""
-        deadline = trio.current_time() + self.bounds.time_s
+        ends_at = trio.current_time() + self.bounds.time_s
         limit_raised = False
         while not self._has_stopped():
             info = await self.qmp.execute("query-migrate")
             passes = info.get("ram", {}).get("dirty-sync-count", 0)
-            if passes > self.bounds.passes or trio.current_time() > deadline:
+            if passes > self.bounds.passes or trio.current_time() > ends_at:
                 await self._end_anyway()
                 return
             if passes > self.bounds.passes_at_first_limit and not limit_raised:

@@ -14,6 +14,7 @@ from pyroute2 import IPRoute
 
 import qsnap
 from qsnap import Cut, Engine
+from qsnap.host.capture import Background
 from qsnap.host.netns import run_in_netns
 from qsnap.host.qemu import Process, find_processes
 from testbed.guests import GuestConsole
@@ -174,6 +175,24 @@ async def test_second_snapshot_is_refused(eleven: qsnap.Place) -> None:
             await qsnap.snapshot("eleven", "second", place=eleven)
     assert {saved.name for saved in await qsnap.snapshots("eleven", place=eleven)} == {"booted", "first"}
     await check_unharmed("eleven", eleven, ["running"] * 3)
+
+
+@pytest.mark.parametrize("vne", ["seven", "eleven"])
+async def test_failure_before_any_vm_is_stopped(
+    vne: str, golden: qsnap.Place, eleven: qsnap.Place, seven: qsnap.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All VMs are prepared, and then one cannot be cut."""
+
+    async def fail(self: Background) -> None:
+        raise qsnap.QemuError("it cannot be stopped", where=f"VM {self.qmp.vm}")
+
+    await qsnap.restore(vne, "booted", place=golden)
+    with monkeypatch.context() as patch, trio.fail_after(DEADLINE_S):
+        patch.setattr(Background, "stop", fail)
+        with pytest.raises(qsnap.QemuError):
+            await qsnap.snapshot(vne, "doomed", engine=Engine.BACKGROUND, place=golden)
+    await check_unharmed(vne, golden, ["running"] * 3)
+    await qsnap.snapshot(vne, "again", engine=Engine.BACKGROUND, place=golden)
 
 
 @pytest.mark.parametrize("vne", ["seven", "eleven"])

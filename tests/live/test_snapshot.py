@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 
 import pytest
 import trio
 
 import qsnap
 from qsnap import Backing, Cut, Engine
-from tests.live.lab import QEMU_7, QEMU_11, check_continues, judge, make_vne, open_consoles, wait_ready
+from qsnap.host import capture, saving
+from qsnap.host.capture import Bounds, Precopy
+from tests.live.lab import QEMU_7, QEMU_11, check_continues, judge, make_vne, open_consoles, statuses, wait_ready
 
 KINDS = {
     "7.2-background-colour-anonymous": (QEMU_7, "pc", Engine.BACKGROUND, Cut.COLOUR, Backing.ANONYMOUS),
@@ -55,3 +58,24 @@ def check_measurements(saved: qsnap.Snapshot, engine: Engine) -> None:
         assert 0 < taken.image_to_memory < 1.1
     stops = [vm.measurements.stop_instant_s for vm in saved.vms]
     assert saved.discrepancy_ms == pytest.approx((max(stops) - min(stops)) * 1e3)
+
+
+@pytest.mark.parametrize("engine", [Engine.AUTO, Engine.PRECOPY])
+async def test_a_guest_that_outruns_precopy(
+    engine: Engine, place: qsnap.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is saved all the same: by background where auto may choose, by force where precopy was asked for."""
+    hasty = partial(Precopy, bounds=Bounds(passes_at_first_limit=0, last_limit_ms=0, passes=3))
+    monkeypatch.setattr(saving, "Precopy", hasty)
+    monkeypatch.setattr(capture, "DOWNTIME_LIMIT_MS", 0)
+    vne = make_vne("fast", vms=1, memory=192 << 20, guest={"rate_mb": 1000, "dirty_mb": 48})
+    await qsnap.up(vne, place=place)
+    async with open_consoles("fast", place, 1) as consoles:
+        await wait_ready(consoles)
+        saved = await qsnap.snapshot("fast", "cut", engine=engine, place=place)
+        assert saved.vms[0].engine is (Engine.BACKGROUND if engine is Engine.AUTO else Engine.PRECOPY)
+        assert "converge" in saved.vms[0].reason
+        assert judge(saved, place).wrong_stamps == 0
+        (after,) = await statuses(consoles)
+        assert after.stamp_errors == 0
+        assert after.ticks > judge(saved, place).states[0].ticks
