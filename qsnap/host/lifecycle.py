@@ -10,7 +10,7 @@ from pathlib import Path
 import trio
 from attrs import evolve, frozen
 
-from qsnap.errors import StateError
+from qsnap.errors import HostError, StateError
 from qsnap.host import hugepages
 from qsnap.host.bridges import check_networking
 from qsnap.host.netns import remove_netns
@@ -179,12 +179,25 @@ async def _run_state(live: LiveVM, runtime: Runtime, vne: str) -> str:
 async def down(vne: str, *, place: Place | None = None) -> None:
     """End a VNE: its VMs, networks, huge pages and every disk layer that no snapshot holds.
 
-    What its disks held since the last snapshot is lost. Raises StateError if it is not up.
+    What its disks held since the last snapshot is lost. Raises StateError if it is not up. Where the state file is
+    damaged, its processes and networks are found by name; layers and huge pages that only the file knew stay.
     """
     runtime = (place or Place()).runtime()
     async with exclusive(runtime, vne):
-        runtime.load(vne)
+        try:
+            runtime.load(vne)
+        except HostError:
+            await _take_down_unknown(vne, runtime)
+            return
         await take_down(vne, runtime)
+
+
+async def _take_down_unknown(vne: str, runtime: Runtime) -> None:
+    with trio.CancelScope(shield=True):
+        processes = find_processes([f"path={runtime.directory(vne)}/"])
+        await run_all([partial(end_process, process) for process in processes])
+        await remove_netns(runtime.netns(vne))
+        runtime.forget(vne)
 
 
 @asynccontextmanager

@@ -142,3 +142,15 @@ async def test_an_older_qemu_refuses_with_its_reason(eleven: qsnap.Place) -> Non
     await qsnap.restore("eleven", "booted", place=eleven)
     async with open_consoles("eleven", eleven) as consoles:
         await wait_ready(consoles)
+
+
+async def test_a_damaged_state_file_does_not_keep_a_vne_up(eleven: qsnap.Place) -> None:
+    await qsnap.restore("eleven", "booted", place=eleven)
+    status = await qsnap.status("eleven", place=eleven)
+    (eleven.run / "eleven/vne.json").write_text("{")
+    with pytest.raises(qsnap.HostError, match="damaged"):
+        await qsnap.status("eleven", place=eleven)
+    await qsnap.down("eleven", place=eleven)
+    assert "eleven" not in eleven.runtime().names()
+    assert not Path(f"/run/netns/{status.netns}").exists()
+    await qsnap.restore("eleven", "booted", place=eleven)
