@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import trio
 from attrs import evolve, frozen
 
-from qsnap.errors import HostError, StateError
+from qsnap.errors import HostError, IntegrityError, StateError
 from qsnap.host import hugepages
 from qsnap.host.bridges import check_networking
 from qsnap.host.netns import remove_netns
@@ -229,5 +229,6 @@ async def take_down(vne: str, runtime: Runtime) -> None:
         await run_all([partial(end_process, process) for process in processes])
         await remove_netns(live.netns)
         hugepages.give_back_pages(live.huge_pages)
-        await Store(Path(live.store)).collect(vne, in_use=())
         runtime.forget(vne)
+        with suppress(IntegrityError):  # beside a damaged manifest nothing is garbage for certain; `verify` names it
+            await Store(Path(live.store)).collect(vne)

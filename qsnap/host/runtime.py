@@ -137,12 +137,15 @@ class Runtime:
             raise HostError("this state file is damaged", where=str(path), advice=f"qsnap down {vne}") from error
 
     def save(self, live: LiveVNE) -> None:
-        """Replace the state file as a whole."""
+        """Replace the state file as a whole. Raises HostError where it cannot be written."""
         path = self.directory(live.vne.name) / "vne.json"
-        path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
         fresh = path.with_suffix(".new")
-        fresh.write_text(_converter.dumps(live, indent=1))
-        fresh.replace(path)
+        try:
+            path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+            fresh.write_text(_converter.dumps(live, indent=1))
+            fresh.replace(path)
+        except OSError as error:
+            raise HostError(error.strerror or str(error), where=str(path), advice="Make room there.") from error
 
     def forget(self, vne: str) -> None:
         """Remove all that is kept about a VNE."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import trio
 from attrs import define, evolve, field
 
-from qsnap.errors import QsnapError, StateError
+from qsnap.errors import IntegrityError, QsnapError, StateError
 from qsnap.host.bridges import Links, open_links
 from qsnap.host.capture import Background, Capture, DivergedError, Precopy, probe_background, probe_migration
 from qsnap.host.daemon import open_daemon
@@ -96,7 +96,7 @@ class _Saving:
             ):
                 saved = await self._save()
         except BaseException:
-            with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True), suppress(IntegrityError):  # of another snapshot: not what went wrong
                 await self.store.collect(self.live.vne.name, in_use=self.live.layers_in_use())
             raise
         return saved
@@ -113,7 +113,6 @@ class _Saving:
             with trio.CancelScope(shield=True):
                 await self.undo.aclose()
             raise
-        self.undo.pop_all()
         return saved
 
     def _moves(self, vm: LiveVM, colour: Colour) -> list[Move]:
@@ -213,6 +212,7 @@ class _Saving:
             discrepancy_ms=(max(stops) - min(stops)) * 1e3 if stops else 0.0,
         )
         await self.store.commit(saved)
+        self.undo.pop_all()  # from here on the layers below are the snapshot's: merging them back would alter it
         after = tuple(evolve(member.live, disks=with_overlays(member.live, member.disks)) for member in members)
         self.live = evolve(self.live, active=self.live.active.other, vms=after)
         self.runtime.save(self.live)
@@ -259,8 +259,11 @@ class _Saving:
 
     async def _known_files(self) -> dict[str, StoredFile]:
         """What older snapshots say of their files: a disk layer that one of them sealed never changes again."""
-        before = await self.store.list(self.live.vne.name)
-        return {file.path: file for old in before for file in files_in(old)}
+        known: dict[str, StoredFile] = {}
+        for vne, name in await self.store.names(self.live.vne.name):
+            with suppress(IntegrityError):  # a damaged snapshot vouches for nothing, and stops no other
+                known |= {file.path: file for file in files_in(await self.store.load(vne, name))}
+        return known
 
     async def _undo_disks(self, vm: LiveVM, disks: DiskCut) -> None:
         """Back to the old layers; where that fails, the VM keeps the new ones and qsnap knows of them."""

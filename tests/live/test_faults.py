@@ -17,6 +17,8 @@ from qsnap import Cut, Engine
 from qsnap.host.capture import Background
 from qsnap.host.netns import run_in_netns
 from qsnap.host.qemu import Process, find_processes
+from qsnap.host.qmp import open_loop, open_qmp
+from qsnap.host.runtime import LiveVNE, Runtime
 from testbed.guests import GuestConsole
 from tests.live.lab import judge, make_vne, open_consoles, wait_ready
 
@@ -221,3 +223,27 @@ async def test_disks_are_merged_back(place: qsnap.Place, tmp_path: Path) -> None
         await check_unharmed("disks", place, ["running"])
     await qsnap.snapshot("disks", "good", place=place)
     await check_unharmed("disks", place, ["running"])
+
+
+async def test_after_the_commit_nothing_is_undone(
+    place: qsnap.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state file cannot be written any more; the snapshot stands, and so do the layers that it consists of."""
+    base = tmp_path / "base.img"
+    base.write_bytes(bytes(1 << 20))
+    await qsnap.up(make_vne("disks", vms=1, disks=(qsnap.Disk(str(base), "raw"),)), place=place)
+
+    def fail(self: Runtime, live: LiveVNE) -> None:
+        raise qsnap.HostError("no space left", where=str(self.root))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "save", fail)
+        with pytest.raises(qsnap.HostError, match="no space left"):
+            await qsnap.snapshot("disks", "stands", place=place)
+    assert (await qsnap.status("disks", place=place)).vms[0].state == "running"
+    async with open_loop(), open_qmp(place.runtime().monitor_path("disks", "vm1"), vm="vm1") as qmp:
+        (disk,) = await qmp.execute("query-block")
+    assert disk["inserted"]["node-name"].startswith("layer-"), "the snapshot's layer is being written to"
+    await qsnap.verify("disks", "stands", place=place)
+    await qsnap.down("disks", place=place)
+    await qsnap.restore("disks", "stands", place=place)

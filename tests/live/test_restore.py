@@ -122,6 +122,18 @@ async def test_an_altered_manifest_is_named_and_refused(eleven: qsnap.Place) -> 
     assert json.loads(good)["format"]
 
 
+async def test_a_damaged_manifest_stops_no_other_work(eleven: qsnap.Place) -> None:
+    await qsnap.restore("eleven", "booted", place=eleven)
+    await qsnap.snapshot("eleven", "damaged", place=eleven)
+    (eleven.store / "eleven/snapshots/damaged/manifest.json").write_text("{}")
+    await qsnap.snapshot("eleven", "good", place=eleven)
+    await qsnap.down("eleven", place=eleven)
+    assert "eleven" not in eleven.runtime().names()
+    await qsnap.restore("eleven", "good", place=eleven)
+    await qsnap.down("eleven", place=eleven)
+    await qsnap.remove("eleven", "damaged", place=eleven)
+
+
 async def test_a_changed_base_image_is_refused(place: qsnap.Place, tmp_path: Path) -> None:
     base = tmp_path / "base.img"
     base.write_bytes(bytes(1 << 20))
