@@ -98,7 +98,7 @@ def last_words(log: Path) -> str:
 
 async def end_process(process: Process) -> None:
     """Kill the process and wait until it is gone. Nothing happens where it is gone already."""
-    with _pidfd(process) as fd:
+    with open_pidfd(process) as fd:
         if fd is not None:
             signal.pidfd_send_signal(fd, signal.SIGKILL)
             await trio.lowlevel.wait_readable(fd)
@@ -107,7 +107,7 @@ async def end_process(process: Process) -> None:
 
 async def wait_ended(process: Process) -> None:
     """Return when the process has ended."""
-    with _pidfd(process) as fd:
+    with open_pidfd(process) as fd:
         if fd is not None:
             await trio.lowlevel.wait_readable(fd)
 
@@ -132,7 +132,8 @@ def reap(process: Process) -> None:
 
 
 @contextmanager
-def _pidfd(process: Process) -> Iterator[int | None]:
+def open_pidfd(process: Process) -> Iterator[int | None]:
+    """A descriptor that stands for this very process, for as long as the block lasts; None if it has ended."""
     try:
         fd = os.pidfd_open(process.pid)
     except ProcessLookupError:
