@@ -162,6 +162,7 @@ class Measurements:
     downtime_ms: float
     image_bytes: int  #: bytes allocated on disk for RAM and device state
     image_to_memory: float  #: `image_bytes` over the size of the guest's RAM
+    start_instant_s: float = 0.0  #: the start that `total_ms` counts from; 0 in manifests older than this field
 
 
 @frozen

@@ -34,6 +34,7 @@ MEASUREMENTS = Measurements(
     downtime_ms=1.0,
     image_bytes=8192,
     image_to_memory=0.001,
+    start_instant_s=1700000000.125,
 )
 
 
@@ -171,6 +172,6 @@ def _vm_snapshot(draw: st.DrawFn, vm: VM) -> VMSnapshot:
         ),
         was_running=draw(st.booleans()),
         measurements=draw(
-            st.builds(Measurements, *[FINITE, *[st.integers(0)] * 2, *[FINITE] * 3, st.integers(0), FINITE])
+            st.builds(Measurements, *[FINITE, *[st.integers(0)] * 2, *[FINITE] * 3, st.integers(0), FINITE, FINITE])
         ),
     )

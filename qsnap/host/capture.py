@@ -8,6 +8,7 @@ the stop and in how it learns that the VM may run again. After any failure `abor
 from __future__ import annotations
 
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -54,6 +55,7 @@ class Captured:
     """What one capture yielded. Instants are QEMU's, seconds since the Unix epoch."""
 
     receipt: dict[str, Any]
+    start_instant_s: float  # by this host's clock, which is QEMU's too
     total_ms: float
     iterations: int
     last_iteration_pages: int
@@ -72,6 +74,7 @@ class Captured:
             downtime_ms=max(0.0, self.resume_instant_s - self.stop_instant_s) * 1e3,
             image_bytes=image_bytes,
             image_to_memory=image_bytes / memory_bytes,
+            start_instant_s=self.start_instant_s,
         )
 
 
@@ -85,6 +88,7 @@ class Capture(ABC):
     was_running: bool
     move_taps: Callable[[], Awaitable[None]]
     started_s: float = 0.0  # trio's clock
+    start_instant_s: float = 0.0
     stopped: bool = False
     began: int = 0  # events before this index are from before the migration
     mark: int = 0  #: events before this index are from before the stop
@@ -153,9 +157,13 @@ class Capture(ABC):
         return receipt, info
 
     async def _start_migration(self) -> None:
+        self._note_start()
+        await self.qmp.execute("migrate", {"uri": f"fd:{FD_NAME}"})
+
+    def _note_start(self) -> None:
         self.began = len(self.qmp.events)
         self.started_s = trio.current_time()
-        await self.qmp.execute("migrate", {"uri": f"fd:{FD_NAME}"})
+        self.start_instant_s = time.time()
 
     async def _wait_migration(self, status: str) -> None:
         """Wait for a migration status; raises what ends the migration before, be it QEMU's side or the daemon's."""
@@ -195,6 +203,7 @@ class Capture(ABC):
     def _captured(self, receipt: dict[str, Any], passes: int, last_pages: int) -> Captured:
         return Captured(
             receipt=receipt,
+            start_instant_s=self.start_instant_s,
             total_ms=(trio.current_time() - self.started_s) * 1e3,
             iterations=passes,
             last_iteration_pages=last_pages,
@@ -232,8 +241,8 @@ class Background(Capture):
             await super().stop()
             return
         self.stopped = True
-        self.began = self.mark = len(self.qmp.events)
-        self.started_s = trio.current_time()
+        self._note_start()
+        self.mark = self.began
         migrate = ("migrate", {"uri": f"fd:{FD_NAME}"})
         commands = (("stop", {}), *self.disks.commands(), migrate)
         calls: list[Callable[[], Awaitable[object]]] = [

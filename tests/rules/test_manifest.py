@@ -56,6 +56,13 @@ def test_a_snapshot_is_read_back(saved: Snapshot) -> None:
     assert parse(encode_manifest(saved)) == saved
 
 
+def test_a_manifest_from_before_the_start_was_recorded_is_read() -> None:
+    def change(body: Any) -> None:
+        del body["vms"][0]["measurements"]["start_instant_s"]
+
+    assert parse(forged(change)).vms[0].measurements.start_instant_s == 0.0
+
+
 def test_it_is_readable_and_checked_with_common_tools() -> None:
     document = json.loads(SAMPLE)
     assert document["format"] == "qsnap-1"
