@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qsnap.host.descriptions import load_description
     from qsnap.host.lifecycle import VMStatus, VNEStatus, console_path, down, running, status, statuses, up
     from qsnap.host.place import Place
+    from qsnap.host.recovery import recover
     from qsnap.host.restoring import RestoreReport, restore
     from qsnap.host.saving import snapshot
     from qsnap.model import (
@@ -71,6 +72,7 @@ _HOMES = {
         "up",
     ),
     "qsnap.host.place": ("Place",),
+    "qsnap.host.recovery": ("recover",),
     "qsnap.host.restoring": (
         "RestoreReport",
         "restore",
@@ -135,6 +137,7 @@ __all__ = [
     "console_path",
     "down",
     "load_description",
+    "recover",
     "remove",
     "restore",
     "running",

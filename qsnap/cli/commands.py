@@ -196,6 +196,18 @@ def down(settings: Settings, vne: str) -> Answer:
     return Answer(None, f"{vne} is down.")
 
 
+@cli.command(example="qsnap recover lab")
+@click.argument("vne", required=False, shell_complete=complete_running)
+@click.pass_obj
+def recover(settings: Settings, vne: str | None) -> Answer:
+    """Finish or undo what a qsnap that was killed had begun.
+
+    Every command on a VNE does so first; this one does nothing else.
+    """
+    done = call(settings, qsnap.recover, vne)
+    return Answer(done, f"Put right: {', '.join(done)}." if done else "Nothing had to be put right.")
+
+
 @cli.command(example="qsnap console lab alice")
 @running_vne
 @click.argument("vm", shell_complete=complete_vms)

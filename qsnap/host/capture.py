@@ -2,7 +2,7 @@
 
 The order inside the stop phase is the heart of qsnap: `stop`, one `transaction` for all disks, every tap onto the
 post-snapshot bridge, then the device state. Each engine (`Background`, `Precopy`) differs in what it does before
-the stop and in how it learns that the VM may run again. After any failure `abort` leaves the VM as it was found.
+the stop and in how it learns that the VM may run again. After any failure `abandon` leaves the VM as it was found.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ STEP_TIMEOUT_S = 30.0  #: for every step that pauses a VM
 CONT_RETRY_S = 5.0  #: QEMU may refuse `cont` for a few ms after a migration ("not finalized yet")
 BACKGROUND_CAPABILITIES = frozenset({"background-snapshot", "events"})
 FD_NAME = "qsnap-stream"
+PAUSED = ("paused", "postmigrate", "finish-migrate")  #: run states that a capture puts a VM into
 
 PRECOPY_CAPABILITIES = frozenset({"pause-before-switchover", "events"})
 
@@ -80,7 +81,7 @@ class Captured:
 
 @define
 class Capture(ABC):
-    """One VM being captured: `prepare`, `stop`, `resume`, `complete`; or `abort` at any moment."""
+    """One VM being captured: `prepare`, `stop`, `resume`, `complete`; or `abandon` at any moment."""
 
     qmp: Qmp
     daemon: Daemon
@@ -89,7 +90,6 @@ class Capture(ABC):
     move_taps: Callable[[], Awaitable[None]]
     started_s: float = 0.0  # trio's clock
     start_instant_s: float = 0.0
-    stopped: bool = False
     began: int = 0  # events before this index are from before the migration
     mark: int = 0  #: events before this index are from before the stop
 
@@ -112,7 +112,6 @@ class Capture(ABC):
 
     async def stop(self) -> None:
         """The VM's cut: stop it, redirect its disks, and make its taps post-snapshot."""
-        self.stopped = True
         self.mark = len(self.qmp.events)
         with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
             await self.qmp.execute_all(("stop", {}), *self.disks.commands())
@@ -138,16 +137,6 @@ class Capture(ABC):
     def explain(self, reason: str) -> str:
         """The reason for the engine, and what became of it."""
         return reason
-
-    async def abort(self) -> None:
-        """End the capture: no migration, and the VM running if it was found running."""
-        with suppress(QmpError):  # a stream that no migration has taken up ends here, and with it whoever reads it
-            await self.qmp.execute("closefd", {"fdname": FD_NAME})
-        await self._end_migration()
-        with deadline(STEP_TIMEOUT_S, "the undoing", self.qmp.vm):
-            if self.stopped and self.was_running:
-                await cont(self.qmp)
-            await set_capabilities(self.qmp, frozenset())
 
     async def _finish(self) -> tuple[dict[str, Any], dict[str, Any]]:
         await self._wait_migration("completed")
@@ -195,11 +184,6 @@ class Capture(ABC):
         reason = info.get("error-desc", "no reason given")
         return QemuError(f"the {self.engine.value} migration {status}: {reason}", where=f"VM {self.qmp.vm}")
 
-    async def _end_migration(self) -> None:
-        with deadline(STEP_TIMEOUT_S, "the cancelled migration", self.qmp.vm):
-            await self.qmp.execute("migrate_cancel")
-            await wait_no_migration(self.qmp)
-
     def _captured(self, receipt: dict[str, Any], passes: int, last_pages: int) -> Captured:
         return Captured(
             receipt=receipt,
@@ -229,7 +213,6 @@ class Background(Capture):
     itself at that point, later ones keep a paused VM paused; what happens decides, not the version.
     """
 
-    read_to_end: bool = False  #: before QEMU 8.1: see `must_read_to_end`
     keeps_paused: bool = False  #: from QEMU 9.0 on: see `stop`
 
     engine = Engine.BACKGROUND
@@ -240,7 +223,6 @@ class Background(Capture):
         if not self.keeps_paused:
             await super().stop()
             return
-        self.stopped = True
         self._note_start()
         self.mark = self.began
         migrate = ("migrate", {"uri": f"fd:{FD_NAME}"})
@@ -256,16 +238,6 @@ class Background(Capture):
         if self.was_running:
             await self.qmp.wait_event(lambda event: event.name == "STOP", since=self.mark)
         await self.move_taps()
-
-    async def _end_migration(self) -> None:
-        if not self.read_to_end:
-            await super()._end_migration()
-            return
-        with one_error():
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.daemon.read_to_end)
-                await wait_no_migration(self.qmp)
-                nursery.cancel_scope.cancel()
 
     async def _release(self) -> None:
         if not self.keeps_paused:
@@ -298,7 +270,6 @@ class Precopy(Capture):
     capabilities = PRECOPY_CAPABILITIES
 
     async def stop(self) -> None:
-        self.stopped = True
         await self._start_migration()
         self.mark = self.began
         await self._converge()
@@ -387,6 +358,32 @@ async def cont(qmp: Qmp) -> None:
                 if "finaliz" not in error.reason:
                     raise
             await trio.sleep(0.0005)
+
+
+async def abandon(qmp: Qmp, *, running: bool, read_rest: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Leave the VM as it was found before a capture, however far that had come: `running`, or paused.
+
+    Where a migration must not be cancelled (`must_read_to_end`), `read_rest` reads what is left of its stream.
+    """
+    with suppress(QmpError):  # a stream that no migration has taken up ends here, and with it whoever reads it
+        await qmp.execute("closefd", {"fdname": FD_NAME})
+    if read_rest is None:
+        with deadline(STEP_TIMEOUT_S, "the cancelled migration", qmp.vm):
+            await qmp.execute("migrate_cancel")
+            await wait_no_migration(qmp)
+    else:
+        with one_error():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read_rest)
+                await wait_no_migration(qmp)
+                nursery.cancel_scope.cancel()
+    with deadline(STEP_TIMEOUT_S, "the undoing", qmp.vm):
+        state = (await qmp.execute("query-status"))["status"]
+        if running and state in PAUSED:
+            await cont(qmp)
+        if not running and state == "running":
+            await qmp.execute("stop")
+        await set_capabilities(qmp, frozenset())
 
 
 async def wait_no_migration(qmp: Qmp) -> None:

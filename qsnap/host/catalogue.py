@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from qsnap.host.place import Place, Progress, exclusive, no_progress
+from qsnap.host.journal import Kind, Operation
+from qsnap.host.place import Place, Progress, no_progress
+from qsnap.host.recovery import exclusive
 from qsnap.host.store import Store
 from qsnap.model import Snapshot
 from qsnap.rules.manifest import files_in
@@ -36,8 +38,9 @@ async def remove(vne: str, name: str, *, place: Place | None = None) -> tuple[st
     """Remove a snapshot, and the files that no other snapshot and no running VM needs; returns their paths."""
     place = place or Place()
     runtime = place.runtime()
-    async with exclusive(runtime, vne):
+    async with exclusive(runtime, vne) as journal:
         in_use = runtime.load(vne).layers_in_use() if vne in runtime.names() else ()
+        journal.begin(Operation(Kind.REMOVE, name, str(place.store)))
         return await place.snapshots().remove(vne, name, in_use)
 
 

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -121,12 +121,14 @@ async def open_daemon(
     backed: tuple[str, ...],
     ram_limit_bytes: int,
     keeps_reading: bool,
+    heir: Sequence[str],
     on_bytes: Callable[[int], None],
 ) -> AsyncIterator[tuple[Daemon, int]]:
     """Start a receiver for one VM that writes into `directory`, and yield it with the descriptor for QEMU.
 
     The caller closes its copy of that descriptor once QEMU has it. With `keeps_reading` the stream never breaks,
-    whatever becomes of the receiver and of qsnap. The process is gone when this ends.
+    whatever becomes of the receiver and of qsnap. Should qsnap die, the receiver starts the command `heir`. The
+    process is gone when this ends.
     """
     ours, theirs = socket.socketpair()
     stream_in, stream_out = os.pipe()
@@ -136,6 +138,7 @@ async def open_daemon(
         *("--stream", str(stream_in), "--status", str(theirs.fileno()), "--directory", str(directory)),
         *("--ram-limit", str(ram_limit_bytes), *options),
         *(("--keep-reading",) if keeps_reading else ()),
+        *("--heir", json.dumps(heir)),
     ]
     fds = (stream_in, theirs.fileno())
     try:

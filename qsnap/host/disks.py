@@ -44,11 +44,9 @@ class DiskCut:
 
     qmp: Qmp
     overlays: tuple[Overlay, ...]
-    added: bool = False
 
     async def prepare(self) -> None:
         """Open the new layers in QEMU, on top of nothing yet. Their files exist."""
-        self.added = True
         nodes = [{**disk_node(overlay.path, overlay.node), "backing": None} for overlay in self.overlays]
         await self.qmp.execute_all(*(("blockdev-add", node) for node in nodes))
 
@@ -62,8 +60,6 @@ class DiskCut:
 
     async def undo(self) -> None:
         """Bring the VM back to the layers it had, with what it wrote meanwhile, and remove the new ones."""
-        if not self.added:
-            return
         nodes = {node["node-name"] for node in await self.qmp.execute("query-named-block-nodes")}
         used = {overlay.node for overlay in self.overlays if await self._is_on_top(overlay)}
         for overlay in self.overlays:
@@ -71,7 +67,6 @@ class DiskCut:
                 await self._merge(overlay)
             if overlay.node in nodes:
                 await self.qmp.execute("blockdev-del", {"node-name": overlay.node})
-        self.added = False
 
     async def _is_on_top(self, overlay: Overlay) -> bool:
         devices = await self.qmp.execute("query-block")

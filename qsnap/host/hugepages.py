@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from attrs import evolve, field, frozen
+from cattrs.preconf.json import make_converter
 
 from qsnap.errors import HostError
 
 HUGE_PAGE_BYTES = 2 << 20
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+_converter = make_converter()
 
 
 def pages_for(size_bytes: int) -> int:
@@ -23,29 +31,99 @@ def free_pages() -> int:
         return 0
 
 
-def reserve_pages(pages: int) -> int:
-    """Make sure that so many pages are free, and return how many were added to the pool for it.
+@frozen
+class Change:
+    """A change of the pool's size that is under way, in the name of a VNE."""
 
-    Raises HostError, with the pool as it was, if the host cannot spare them.
+    vne: str
+    before: int
+    after: int
+
+
+@frozen
+class Ledger:
+    """Pages added to the kernel's pool, by the VNE they were added for.
+
+    After a crash in the middle of a change the pool's size tells whether it is still to be made.
     """
-    missing = pages - free_pages()
-    if missing <= 0:
-        return 0
-    try:
-        before = _read("nr_hugepages")
-        _write_pool(before + missing)
-    except OSError as error:
-        raise _refusal(pages, error.strerror or str(error)) from error
-    if free_pages() < pages:
-        _write_pool(before)
-        raise _refusal(pages, "memory is too full or too fragmented")
-    return missing
+
+    added: dict[str, int] = field(factory=dict)
+    change: Change | None = None
 
 
-def give_back_pages(pages: int) -> None:
-    """Take so many pages out of the pool again."""
-    if pages:
-        _write_pool(max(0, _read("nr_hugepages") - pages))
+@frozen
+class HugePages:
+    """The kernel's pool of huge pages, and the ledger (a file) of what was added to it."""
+
+    ledger: Path
+
+    def reserve(self, vne: str, pages: int) -> None:
+        """Make sure that so many pages are free, adding to the pool what is missing, in the name of a VNE.
+
+        Raises HostError, with the pool as it was, if the host cannot spare them.
+        """
+        with self._locked():
+            missing = pages - free_pages()
+            if missing <= 0:
+                return
+            try:
+                self._resize(vne, missing)
+            except OSError as error:
+                raise _refusal(pages, error.strerror or str(error)) from error
+            if free_pages() < pages:
+                self._resize(vne, 0)
+                raise _refusal(pages, "memory is too full or too fragmented")
+
+    def give_back(self, vne: str) -> None:
+        """Take the pages that were added for a VNE out of the pool again. Nothing happens the second time."""
+        if self.ledger.exists():
+            with self._locked():
+                self._resize(vne, 0)
+
+    def _resize(self, vne: str, pages: int) -> None:
+        ledger = self._settled()
+        missing = pages - ledger.added.get(vne, 0)
+        if missing:
+            size = _read("nr_hugepages")
+            self._save(evolve(ledger, change=Change(vne, size, max(0, size + missing))))
+            self._settled()
+
+    def _settled(self) -> Ledger:
+        """The ledger with its change carried out, if there is one, as far as the kernel had pages for it."""
+        ledger = self._load()
+        if ledger.change is None:
+            return ledger
+        vne, before, after = ledger.change.vne, ledger.change.before, ledger.change.after
+        if _read("nr_hugepages") == before:
+            (_POOL / "nr_hugepages").write_text(str(after))
+        left = ledger.added.get(vne, 0) + _read("nr_hugepages") - before
+        others = {each: count for each, count in ledger.added.items() if each != vne}
+        ledger = Ledger({**others, vne: left} if left > 0 else others)
+        self._save(ledger)
+        return ledger
+
+    def _load(self) -> Ledger:
+        try:
+            return _converter.loads(self.ledger.read_bytes(), Ledger)
+        except FileNotFoundError:
+            return Ledger()
+
+    def _save(self, ledger: Ledger) -> None:
+        if ledger == Ledger():
+            self.ledger.unlink(missing_ok=True)
+            return
+        fresh = self.ledger.with_suffix(".new")
+        fresh.write_text(_converter.dumps(ledger))
+        fresh.replace(self.ledger)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        fd = os.open(self.ledger.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
 
 
 def _refusal(pages: int, reason: str) -> HostError:
@@ -58,7 +136,3 @@ def _refusal(pages: int, reason: str) -> HostError:
 
 def _read(name: str) -> int:
     return int((_POOL / name).read_text())
-
-
-def _write_pool(pages: int) -> None:
-    (_POOL / "nr_hugepages").write_text(str(pages))

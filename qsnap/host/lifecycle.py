@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
-from pathlib import Path
 
 import trio
 from attrs import evolve, frozen
 
-from qsnap.errors import HostError, IntegrityError, StateError
+from qsnap.errors import HostError, StateError
 from qsnap.host import hugepages
 from qsnap.host.bridges import check_networking
-from qsnap.host.netns import remove_netns
-from qsnap.host.place import Place, Progress, exclusive, no_progress
-from qsnap.host.qemu import choose_accelerator, end_process, find_processes
+from qsnap.host.journal import Kind, Operation
+from qsnap.host.place import Place, Progress, no_progress
+from qsnap.host.qemu import choose_accelerator
 from qsnap.host.qmp import QemuGoneError, open_loop, open_qmp
+from qsnap.host.recovery import exclusive, recover
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import DiskBase, Start, build_networks, describe, start_process
-from qsnap.host.store import Store
+from qsnap.host.takedown import take_down
 from qsnap.host.tasks import one_error, run_all
 from qsnap.model import VM, VNE, Accelerator, Backing, Colour
 from qsnap.rules.command import AnonymousRam, MemfdRam, Ram, plan_hardware
@@ -60,23 +60,20 @@ async def up(vne: VNE, *, place: Place | None = None, progress: Progress = no_pr
     check_networking()
     place = place or Place()
     runtime = place.runtime()
-    async with exclusive(runtime, vne.name):
+    async with exclusive(runtime, vne.name) as journal:
         if vne.name in runtime.names():
             raise StateError(f"VNE {vne.name} is up already, or was not taken down", advice=f"qsnap down {vne.name}")
-        live = LiveVNE(vne, str(place.store), runtime.netns(vne.name), Colour.RED, ())
-        try:
-            await _bring_up(live, runtime, progress)
-        except BaseException:
-            await take_down(vne.name, runtime)
-            raise
+        journal.begin(Operation(Kind.UP))
+        await _bring_up(LiveVNE(vne, str(place.store), runtime.netns(vne.name), Colour.RED, ()), runtime, progress)
         return await status(vne.name, place=place)
 
 
 async def _bring_up(live: LiveVNE, runtime: Runtime, progress: Progress) -> None:
     runtime.save(live)
-    rams, added = _choose_rams(live.vne.vms)
-    live = evolve(live, huge_pages=added)
-    runtime.save(live)
+    asked = sum(hugepages.pages_for(vm.memory_bytes) for vm in live.vne.vms if vm.backing is Backing.HUGETLB)
+    if asked:
+        runtime.huge_pages().reserve(live.vne.name, asked)
+    rams = _choose_rams(live.vne.vms, hugepages.free_pages() - asked)
     await build_networks(live)
     starts = [
         Start(
@@ -114,12 +111,8 @@ async def set_going(live: LiveVNE, runtime: Runtime) -> None:
         await run_all([partial(qmp.execute, "cont") for qmp in sessions])
 
 
-def _choose_rams(vms: Sequence[VM]) -> tuple[list[Ram], int]:
-    """RAM for each VM, and how many huge pages were added to the host's pool for those that asked for them."""
-    free = hugepages.free_pages()
-    asked = sum(hugepages.pages_for(vm.memory_bytes) for vm in vms if vm.backing is Backing.HUGETLB)
-    added = hugepages.reserve_pages(asked) if asked else 0
-    free = max(0, free - asked)
+def _choose_rams(vms: Sequence[VM], free: int) -> list[Ram]:
+    """RAM for each VM; `free` huge pages are for those that did not ask for them."""
     rams: list[Ram] = []
     for vm in vms:
         needed = hugepages.pages_for(vm.memory_bytes)
@@ -134,7 +127,7 @@ def _choose_rams(vms: Sequence[VM]) -> tuple[list[Ram], int]:
                 rams.append(MemfdRam(hugetlb=False))
             case _:
                 rams.append(AnonymousRam())
-    return rams, added
+    return rams
 
 
 async def status(vne: str, *, place: Place | None = None) -> VNEStatus:
@@ -150,6 +143,7 @@ async def status(vne: str, *, place: Place | None = None) -> VNEStatus:
 async def statuses(*, place: Place | None = None) -> tuple[VNEStatus, ...]:
     """The state of every VNE that is up on this host."""
     place = place or Place()
+    await recover(place=place)
     return tuple([await status(name, place=place) for name in place.runtime().names()])
 
 
@@ -180,24 +174,14 @@ async def down(vne: str, *, place: Place | None = None) -> None:
     """End a VNE: its VMs, networks, huge pages and every disk layer that no snapshot holds.
 
     What its disks held since the last snapshot is lost. Raises StateError if it is not up. Where the state file is
-    damaged, its processes and networks are found by name; layers and huge pages that only the file knew stay.
+    damaged, its processes and networks are found by name; layers that only the file knew stay.
     """
     runtime = (place or Place()).runtime()
-    async with exclusive(runtime, vne):
-        try:
+    async with exclusive(runtime, vne, after_all=True) as journal:
+        with suppress(HostError):
             runtime.load(vne)
-        except HostError:
-            await _take_down_unknown(vne, runtime)
-            return
+        journal.begin(Operation(Kind.DOWN))
         await take_down(vne, runtime)
-
-
-async def _take_down_unknown(vne: str, runtime: Runtime) -> None:
-    with trio.CancelScope(shield=True):
-        processes = find_processes([f"path={runtime.directory(vne)}/"])
-        await run_all([partial(end_process, process) for process in processes])
-        await remove_netns(runtime.netns(vne))
-        runtime.forget(vne)
 
 
 @asynccontextmanager
@@ -218,17 +202,3 @@ def console_path(vne: str, vm: str, *, place: Place | None = None) -> str:
     runtime = (place or Place()).runtime()
     runtime.load(vne).find(vm)
     return runtime.console_path(vne, vm)
-
-
-async def take_down(vne: str, runtime: Runtime) -> None:
-    """Take away all that a VNE has on this host, whatever of it there is. The caller holds its lock."""
-    with trio.CancelScope(shield=True):
-        live = runtime.load(vne)
-        marks = [runtime.qmp_path(vne, vm.name) for vm in live.vne.vms]
-        processes = {vm.process for vm in live.vms} | set(find_processes(marks))
-        await run_all([partial(end_process, process) for process in processes])
-        await remove_netns(live.netns)
-        hugepages.give_back_pages(live.huge_pages)
-        runtime.forget(vne)
-        with suppress(IntegrityError):  # beside a damaged manifest nothing is garbage for certain; `verify` names it
-            await Store(Path(live.store)).collect(vne)

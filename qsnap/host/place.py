@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from attrs import field, frozen
 
-from qsnap.host.qmp import open_loop
 from qsnap.host.runtime import USUAL_ROOT, Runtime
 from qsnap.host.store import Store
-from qsnap.host.tasks import one_error
 
 Progress = Callable[[str, str, int, int], None]
 """Called as `progress(stage, vm, done, total)`, in bytes or in steps; `total` is 0 where it is not known."""
@@ -50,12 +47,3 @@ class Place:
     def snapshots(self) -> Store:
         """What was saved here."""
         return Store(self.store)
-
-
-@asynccontextmanager
-async def exclusive(runtime: Runtime, vne: str) -> AsyncIterator[None]:
-    """One operation on a VNE: nobody else is at work on it, there is a loop for QMP, and it fails with one error."""
-    with one_error():
-        async with open_loop():
-            with runtime.locked(vne):
-                yield

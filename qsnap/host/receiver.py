@@ -8,7 +8,7 @@ and exchanges JSON lines over the status descriptor. From the receiver: `ready`,
 has come, so the source's state is captured), `progress`, and at last `done` or `error`. The parent sends nothing.
 
 It ends with the stream, when the parent closes its end of the status descriptor, or at SIGTERM. It leaves the
-files of a failed attempt behind: the parent removes the directory.
+files of a failed attempt behind: the parent removes the directory, or its heir does, which is started if it dies.
 """
 
 from __future__ import annotations
@@ -240,6 +240,7 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tail-limit", type=int, default=_TAIL_LIMIT_BYTES, metavar="BYTES")
     parser.add_argument("--target-page-size", type=int, default=4096, metavar="BYTES")
     parser.add_argument("--keep-reading", action="store_true", help="read the stream to its end if the parent dies")
+    parser.add_argument("--heir", type=json.loads, default=[], metavar="JSON", help="what to start if the parent dies")
     return parser.parse_args(arguments)
 
 
@@ -255,6 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _receive(options, status)
     except ParentGoneError:
+        if options.heir:
+            os.posix_spawn(options.heir[0], options.heir, os.environ, setsid=True)
         if options.keep_reading:
             _read_to_end(options.stream)
         return HostError.exit_code

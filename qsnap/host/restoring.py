@@ -16,13 +16,15 @@ from attrs import define, evolve, field, frozen
 from qsnap.errors import HostError, IntegrityError, QemuError, StateError
 from qsnap.host import hugepages
 from qsnap.host.bridges import check_networking
-from qsnap.host.lifecycle import take_down
-from qsnap.host.place import Place, Progress, exclusive, no_progress
+from qsnap.host.journal import Kind, Operation
+from qsnap.host.place import Place, Progress, no_progress
 from qsnap.host.qemu import kvm_works, last_words, program_version, wait_ended
 from qsnap.host.qmp import Qmp, open_qmp
+from qsnap.host.recovery import exclusive
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import DiskBase, Start, build_networks, describe, start_process
 from qsnap.host.store import Store
+from qsnap.host.takedown import take_down
 from qsnap.host.tasks import run_all
 from qsnap.model import Accelerator, Colour, DiskImage, RamMode, Snapshot, StoredFile, VMSnapshot, version_text
 from qsnap.rules.command import RAM_ID, FilledRam, MappedRam, Ram
@@ -61,23 +63,21 @@ async def restore(
     check_networking()
     place = place or Place()
     runtime = place.runtime()
-    async with exclusive(runtime, vne):
+    async with exclusive(runtime, vne) as journal:
         store = place.snapshots()
         await store.load(vne, name)  # an unknown name is refused before anything is cleared away
-        await _clear_the_way(vne, runtime)
+        await _refuse_running(vne, runtime)
+        journal.begin(Operation(Kind.RESTORE, name))
+        await take_down(vne, runtime)  # what is left of a VNE that died
         saved = await store.check_quick(vne, name)
         _check_bases(saved)
         restoring = _Restoring(saved, store, runtime, ram, qemu, progress)
-        try:
-            await restoring.run(paused)
-        except BaseException:
-            await take_down(vne, runtime)
-            raise
+        await restoring.run(paused)
     return RestoreReport(saved, (trio.current_time() - started_s) * 1e3, restoring.how)
 
 
-async def _clear_the_way(vne: str, runtime: Runtime) -> None:
-    """Take away what is left of a dead VNE. Raises StateError if any of its VMs lives."""
+async def _refuse_running(vne: str, runtime: Runtime) -> None:
+    """Raise StateError if any VM of the VNE lives."""
     if vne not in runtime.names():
         return
     live = runtime.load(vne)
@@ -86,7 +86,6 @@ async def _clear_the_way(vne: str, runtime: Runtime) -> None:
     alive = [vm.vm.name for vm in live.vms if vm.process.is_alive()]
     if alive:
         raise StateError(f"VNE {vne} is running ({', '.join(alive)})", advice=f"Take it down first: qsnap down {vne}")
-    await take_down(vne, runtime)
 
 
 def _check_bases(saved: Snapshot) -> None:

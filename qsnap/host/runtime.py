@@ -20,6 +20,8 @@ from attrs import frozen
 from cattrs.preconf.json import make_converter
 
 from qsnap.errors import BusyError, HostError, StateError
+from qsnap.host.hugepages import HugePages
+from qsnap.host.journal import Journal
 from qsnap.host.qemu import Process
 from qsnap.model import VM, VNE, Accelerator, Colour
 
@@ -52,14 +54,13 @@ class LiveVM:
 
 @frozen
 class LiveVNE:
-    """A VNE that was brought up. `huge_pages` were added to the host's pool for it, to be given back."""
+    """A VNE that was brought up."""
 
     vne: VNE
     store: str
     netns: str
     active: Colour
     vms: tuple[LiveVM, ...]
-    huge_pages: int = 0
 
     def layers_in_use(self) -> tuple[str, ...]:
         """All disk layers that a VM has open, relative to the VNE's directory in the store."""
@@ -150,6 +151,18 @@ class Runtime:
     def forget(self, vne: str) -> None:
         """Remove all that is kept about a VNE."""
         shutil.rmtree(self.directory(vne), ignore_errors=True)
+
+    def journal(self, vne: str) -> Journal:
+        """The journal of a VNE."""
+        return Journal(self.root / f"{vne}.journal")
+
+    def huge_pages(self) -> HugePages:
+        """The host's huge pages, and what was added to them for VNEs of this directory."""
+        return HugePages(self.root / "huge-pages.json")
+
+    def interrupted(self) -> list[str]:
+        """The VNEs with a journal: an operation on them is under way, or its process was killed."""
+        return sorted(path.stem for path in self.root.glob("*.journal"))
 
     @contextmanager
     def locked(self, vne: str) -> Iterator[None]:

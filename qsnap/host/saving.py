@@ -5,22 +5,32 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 import trio
-from attrs import define, evolve, field
+from attrs import define, field
 
 from qsnap.errors import IntegrityError, QsnapError, StateError
 from qsnap.host.bridges import Links, open_links
-from qsnap.host.capture import Background, Capture, DivergedError, Precopy, probe_background, probe_migration
+from qsnap.host.capture import (
+    Background,
+    Capture,
+    DivergedError,
+    Precopy,
+    abandon,
+    probe_background,
+    probe_migration,
+)
 from qsnap.host.daemon import open_daemon
 from qsnap.host.disks import DiskCut, Overlay, create_overlay
-from qsnap.host.place import Place, Progress, exclusive, no_progress
-from qsnap.host.qmp import QemuGoneError, Qmp, open_qmp
-from qsnap.host.runtime import LiveDisk, LiveVM, LiveVNE, Runtime
+from qsnap.host.journal import Journal, Kind, Member, Operation
+from qsnap.host.place import Place, Progress, no_progress
+from qsnap.host.qmp import Qmp, open_qmp
+from qsnap.host.recovery import Reader, exclusive, put_snapshot_right, recovery_command, settled
+from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import find_qemu_img, new_layer_path
 from qsnap.host.store import Store
 from qsnap.host.tasks import run_all
@@ -49,16 +59,16 @@ async def snapshot(
     """
     runtime = (place or Place()).runtime()
     name = name or time.strftime("%Y%m%d-%H%M%S")
-    async with exclusive(runtime, vne):
+    async with exclusive(runtime, vne) as journal:
         live = runtime.load(vne)
         for vm in live.vms:
             if not vm.process.is_alive():
                 raise StateError(f"its VM {vm.vm.name} is dead", where=f"VNE {vne}", advice="See `qsnap ps`.")
-        return await _Saving(live, name, engine, cut, runtime, progress).run()
+        return await _Saving(live, name, engine, cut, runtime, progress, journal).run()
 
 
 @define
-class Member:
+class Saved:
     """One VM of a snapshot under way, prepared for its cut."""
 
     live: LiveVM
@@ -70,7 +80,7 @@ class Member:
 
 @define
 class _Saving:
-    """A snapshot under way. Every step that changes something pushes what undoes it onto `undo`."""
+    """A snapshot under way. What changes a VM is in the journal before it is done, for whoever has to undo it."""
 
     live: LiveVNE
     name: str
@@ -78,65 +88,73 @@ class _Saving:
     cut: Cut
     runtime: Runtime
     progress: Progress
+    journal: Journal
     store: Store = field(init=False)
-    undo: AsyncExitStack = field(factory=AsyncExitStack)
     sessions: AsyncExitStack = field(factory=AsyncExitStack)
+    qmps: dict[str, Qmp] = field(factory=dict)
+    readers: dict[str, Reader] = field(factory=dict)
     nursery: trio.Nursery = field(init=False)
     links: Links = field(init=False)
     directory: Path = field(init=False)
 
     async def run(self) -> Snapshot:
+        vne = self.live.vne.name
         self.store = Store(Path(self.live.store))
-        self.directory = await self.store.begin(self.live.vne.name, self.name)
-        try:
-            async with (
-                trio.open_nursery() as self.nursery,
-                open_links(self.live.netns) as self.links,
-                self.sessions,
-            ):
-                saved = await self._save()
-        except BaseException:
-            with trio.CancelScope(shield=True), suppress(IntegrityError):  # of another snapshot: not what went wrong
-                await self.store.collect(self.live.vne.name, in_use=self.live.layers_in_use())
-            raise
-        return saved
+        await self.store.refuse_committed(vne, self.name)
+        self.journal.begin(Operation(Kind.SNAPSHOT, self.name))
+        self.directory = await self.store.begin(vne, self.name)
+        async with (
+            trio.open_nursery() as self.nursery,
+            open_links(self.live.netns) as self.links,
+            self.sessions,
+        ):
+            try:
+                return await self._save()
+            except BaseException:
+                with trio.CancelScope(shield=True), suppress(QsnapError):  # what is left is for `exclusive` to undo
+                    await self._undo()
+                raise
+
+    async def _undo(self) -> None:
+        """Put things right while the sessions are open: the VMs run at once, and no stream breaks."""
+        found = self.journal.read()
+        assert found is not None
+        await put_snapshot_right(self.live.vne.name, self.runtime, found, self.qmps, self.readers)
+        self.journal.end()
 
     async def _save(self) -> Snapshot:
         await self.links.apply(plan_direction(self.live.vne, self.live.active))
-        back = [move for vm in self.live.vms for move in self._moves(vm, self.live.active)]
-        self.undo.push_async_callback(self.links.apply, back)
-        try:
-            members = await run_all([partial(self._prepare, vm) for vm in self.live.vms])
-            await self._make_cut(members)
-            saved = await self._commit(members)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self.undo.aclose()
-            raise
-        return saved
+        members = await run_all([partial(self._prepare, vm) for vm in self.live.vms])
+        await self._make_cut(members)
+        return await self._commit(members)
 
     def _moves(self, vm: LiveVM, colour: Colour) -> list[Move]:
         return plan_moves(self.live.vne, vm.vm.name, colour)
 
-    async def _prepare(self, vm: LiveVM) -> Member:
+    async def _prepare(self, vm: LiveVM) -> Saved:
         path = self.runtime.qmp_path(self.live.vne.name, vm.vm.name)
         qmp = await self.sessions.enter_async_context(open_qmp(path, vm=vm.vm.name))
+        self.qmps[vm.vm.name] = qmp
         facts = await gather_facts(qmp, vm, waits=self.cut is Cut.BARRIER and len(self.live.vms) > 1)
         decision = choose_engine(self.wish, facts)
         self.progress("prepare", vm.vm.name, 0, 0)
-        disks = await self._prepare_disks(vm, qmp)
+        overlays = await self._plan_overlays(vm)
+        self.journal.add(Member(vm.vm.name, facts.running, overlays))
+        disks = await self._prepare_disks(vm, qmp, overlays)
         capture = await self._begin(vm, qmp, disks, facts, decision.engine)
-        return Member(vm, facts, decision, disks, capture)
+        return Saved(vm, facts, decision, disks, capture)
 
-    async def _prepare_disks(self, vm: LiveVM, qmp: Qmp) -> DiskCut:
+    async def _plan_overlays(self, vm: LiveVM) -> tuple[Overlay, ...]:
         overlays = []
         for index, disk in enumerate(vm.disks):
             path = await new_layer_path(self.live.store, self.live.vne.name, vm.vm.name, index)
-            await create_overlay(find_qemu_img(vm.vm.qemu), path, base=disk.layers[0], base_format="qcow2")
-            node = "layer-" + Path(path).stem.rpartition("-")[2]
-            overlays.append(Overlay(path, node, disk.node))
-        disks = DiskCut(qmp, tuple(overlays))
-        self.undo.push_async_callback(self._undo_disks, vm, disks)
+            overlays.append(Overlay(path, "layer-" + Path(path).stem.rpartition("-")[2], disk.node))
+        return tuple(overlays)
+
+    async def _prepare_disks(self, vm: LiveVM, qmp: Qmp, overlays: tuple[Overlay, ...]) -> DiskCut:
+        for overlay, disk in zip(overlays, vm.disks, strict=True):
+            await create_overlay(find_qemu_img(vm.vm.qemu), overlay.path, base=disk.layers[0], base_format="qcow2")
+        disks = DiskCut(qmp, overlays)
         await disks.prepare()
         return disks
 
@@ -151,10 +169,13 @@ class _Saving:
                 vm=vm.vm.name,
                 backed=(RAM_ID,),
                 keeps_reading=keeps_reading,
+                heir=recovery_command(self.runtime, self.live.vne.name),
                 ram_limit_bytes=vm.vm.memory_bytes + DEVICE_RAM_BYTES,
                 on_bytes=lambda done: self.progress("save", vm.vm.name, done, vm.vm.memory_bytes),
             )
         )
+        if keeps_reading:
+            self.readers[vm.vm.name] = daemon.read_to_end
         moves = self._moves(vm, self.live.active.other)
         await self.links.warm_up(moves)
         move_taps = partial(self.links.apply, moves)
@@ -169,29 +190,27 @@ class _Saving:
                 disks,
                 facts.running,
                 move_taps,
-                read_to_end=keeps_reading,
                 keeps_paused=keeps_paused(facts.qemu_version),
             )
-        self.undo.push_async_callback(_unless_dead, capture.abort)
         await capture.prepare(stream_fd)
         return capture
 
-    async def _make_cut(self, members: list[Member]) -> None:
+    async def _make_cut(self, members: list[Saved]) -> None:
         if self.cut is Cut.BARRIER:
             await run_all([partial(self._stop, member) for member in members])
             await run_all([member.capture.resume for member in members])
         else:
             await run_all([partial(self._stop_and_resume, member) for member in members])
 
-    async def _stop_and_resume(self, member: Member) -> None:
+    async def _stop_and_resume(self, member: Saved) -> None:
         await self._stop(member)
         await member.capture.resume()
 
-    async def _stop(self, member: Member) -> None:
+    async def _stop(self, member: Saved) -> None:
         try:
             await member.capture.stop()
         except DivergedError:
-            await member.capture.abort()
+            await abandon(member.capture.qmp, running=member.facts.running)
             shutil.rmtree(self.directory / member.live.vm.name)
             member.decision = after_divergence()
             member.capture = await self._begin(
@@ -199,7 +218,7 @@ class _Saving:
             )
             await member.capture.stop()
 
-    async def _commit(self, members: list[Member]) -> Snapshot:
+    async def _commit(self, members: list[Saved]) -> Snapshot:
         known = await self._known_files()
         vms = await run_all([partial(self._record, member, known) for member in members])
         stops = [vm.measurements.stop_instant_s for vm in vms if vm.was_running]
@@ -211,14 +230,14 @@ class _Saving:
             vms=tuple(vms),
             discrepancy_ms=(max(stops) - min(stops)) * 1e3 if stops else 0.0,
         )
-        await self.store.commit(saved)
-        self.undo.pop_all()  # from here on the layers below are the snapshot's: merging them back would alter it
-        after = tuple(evolve(member.live, disks=with_overlays(member.live, member.disks)) for member in members)
-        self.live = evolve(self.live, active=self.live.active.other, vms=after)
-        self.runtime.save(self.live)
+        self.journal.note("commit")
+        await self.store.commit(saved)  # from here on it is finished, whatever happens
+        found = self.journal.read()
+        assert found is not None
+        self.runtime.save(settled(self.live, found.members))
         return saved
 
-    async def _record(self, member: Member, known: Mapping[str, StoredFile]) -> VMSnapshot:
+    async def _record(self, member: Saved, known: Mapping[str, StoredFile]) -> VMSnapshot:
         captured = await member.capture.complete()
         vm, vne = member.live, self.live.vne.name
         folder = f"snapshots/{self.name}/{vm.vm.name}"
@@ -265,19 +284,6 @@ class _Saving:
                 known |= {file.path: file for file in files_in(await self.store.load(vne, name))}
         return known
 
-    async def _undo_disks(self, vm: LiveVM, disks: DiskCut) -> None:
-        """Back to the old layers; where that fails, the VM keeps the new ones and qsnap knows of them."""
-        try:
-            await disks.undo()
-        except QemuGoneError:
-            pass
-        except QsnapError:
-            kept = evolve(vm, disks=with_overlays(vm, disks))
-            vms = tuple(kept if other.vm.name == vm.vm.name else other for other in self.live.vms)
-            self.live = evolve(self.live, vms=vms)
-            self.runtime.save(self.live)
-            raise
-
 
 async def gather_facts(qmp: Qmp, vm: LiveVM, *, waits: bool) -> Facts:
     """Ask QEMU what it can do with this VM now. Nothing is paused."""
@@ -291,17 +297,4 @@ async def gather_facts(qmp: Qmp, vm: LiveVM, *, waits: bool) -> Facts:
         background_refusal=await probe_background(qmp),
         precopy_refusal=await probe_migration(qmp),
         waits=waits,
-    )
-
-
-async def _unless_dead(undo: Callable[[], Awaitable[None]]) -> None:
-    with suppress(QemuGoneError):  # nothing is left to bring back
-        await undo()
-
-
-def with_overlays(vm: LiveVM, disks: DiskCut) -> tuple[LiveDisk, ...]:
-    """The VM's disks with the new layers on top."""
-    return tuple(
-        LiveDisk(overlay.node, (overlay.path, *disk.layers))
-        for overlay, disk in zip(disks.overlays, vm.disks, strict=True)
     )

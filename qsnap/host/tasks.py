@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -25,6 +26,26 @@ async def run_all(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
             for index, call in enumerate(calls):
                 nursery.start_soon(run, index, call)
     return [results[index] for index in range(len(calls))]
+
+
+async def run_each(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Run the calls side by side; what fails stops no other, and the first failure is raised when all have ended.
+
+    The values are in the order in which they came.
+    """
+    failures: list[QsnapError] = []
+    results: list[T] = []
+
+    async def run(call: Callable[[], Awaitable[T]]) -> None:
+        try:
+            results.append(await call())
+        except QsnapError as error:
+            failures.append(error)
+
+    await run_all([partial(run, call) for call in calls])
+    if failures:
+        raise failures[0]
+    return results
 
 
 @contextmanager

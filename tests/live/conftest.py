@@ -12,8 +12,8 @@ import pytest
 import trio
 
 import qsnap
-from qsnap.host.lifecycle import take_down
 from qsnap.host.qemu import find_processes
+from qsnap.host.takedown import take_down
 from tests.live.lab import GUEST, QEMU_7, QEMU_11, ROOT, make_vne, open_consoles, wait_ready
 
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")

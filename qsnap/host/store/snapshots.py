@@ -68,6 +68,11 @@ class Store:
         _check_names(vne)
         return await trio.to_thread.run_sync(make_directories, self.root, vne, "disks")
 
+    async def refuse_committed(self, vne: str, snapshot: str) -> None:
+        """Raise StateError if there is a snapshot of that name."""
+        _check_names(vne, snapshot)
+        await trio.to_thread.run_sync(self._refuse_committed, vne, snapshot)
+
     async def begin(self, vne: str, snapshot: str) -> Path:
         """A new, empty directory for a snapshot in the making; what a failed attempt left is removed first.
 

@@ -1,0 +1,224 @@
+"""Operations on a VNE, one at a time; and what becomes of one whose process was killed.
+
+Every operation writes down what it is about to do (`qsnap.host.journal`). There is one way to undo a snapshot: what its
+journal says is taken back, by the process itself after a failure, or by the next one that takes the lock. A snapshot
+that was committed is finished instead. Everything here can itself be interrupted at any moment, and done again.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import trio
+from attrs import evolve
+
+from qsnap.errors import BusyError, IntegrityError, QsnapError
+from qsnap.host.bridges import open_links
+from qsnap.host.capture import abandon
+from qsnap.host.disks import DiskCut
+from qsnap.host.journal import Interrupted, Journal, Kind, Member
+from qsnap.host.place import Place
+from qsnap.host.qemu import end_process, find_processes
+from qsnap.host.qmp import QemuGoneError, Qmp, open_loop, open_qmp
+from qsnap.host.rescue import release_memory
+from qsnap.host.runtime import LiveDisk, LiveVM, LiveVNE, Runtime
+from qsnap.host.store import Store
+from qsnap.host.takedown import take_down
+from qsnap.host.tasks import one_error, run_all, run_each
+from qsnap.rules.colouring import plan_direction, plan_moves
+from qsnap.rules.engine import must_read_to_end
+from qsnap.rules.manifest import snapshot_dir
+
+PUT_RIGHT = "put right"  #: the step of whoever finishes or undoes what another began
+PATIENCE_S = 60.0
+POLL_S = 0.02
+log = logging.getLogger("qsnap")
+
+
+@asynccontextmanager
+async def exclusive(runtime: Runtime, vne: str, *, after_all: bool = False) -> AsyncIterator[Journal]:
+    """One operation on a VNE: nobody else is at work on it, there is a loop for QMP, and it fails with one error.
+
+    Raises BusyError at once if somebody is, unless they are putting things right: that is waited for. What an
+    operation that was killed has left behind is put right first, unless `after_all` says that this one takes all of it
+    away. Once the caller has begun the journal, nothing of what it did stays if it fails.
+    """
+    with one_error():
+        async with open_loop(), _locked(runtime, vne):
+            if not after_all:
+                await put_right(vne, runtime)
+            journal = runtime.journal(vne)
+            try:
+                yield journal
+            except BaseException as error:
+                journal.close()
+                with trio.CancelScope(shield=True):
+                    await _put_right_after(error, vne, runtime)
+                raise
+            journal.end()
+
+
+@asynccontextmanager
+async def _locked(runtime: Runtime, vne: str) -> AsyncIterator[None]:
+    patience = trio.current_time() + PATIENCE_S
+    with ExitStack() as lock:
+        while True:
+            try:
+                lock.enter_context(runtime.locked(vne))
+                break
+            except BusyError:
+                found = runtime.journal(vne).read()
+                if found is None or found.step != PUT_RIGHT or trio.current_time() > patience:
+                    raise
+            await trio.sleep(POLL_S)
+        yield
+
+
+async def _put_right_after(error: BaseException, vne: str, runtime: Runtime) -> None:
+    try:
+        await put_right(vne, runtime)
+    except QsnapError as another:  # the journal stays: the next operation tries again
+        error.add_note(f"not all of it could be undone: {another}")
+
+
+async def put_right(vne: str, runtime: Runtime) -> None:
+    """Finish or undo what the journal of a VNE says was begun, if there is one. The caller holds its lock."""
+    journal = runtime.journal(vne)
+    found = journal.read()
+    if found is None:
+        journal.end()
+        return
+    journal.note(PUT_RIGHT)
+    match found.operation.kind:
+        case Kind.SNAPSHOT:
+            await put_snapshot_right(vne, runtime, found)
+        case Kind.UP | Kind.RESTORE | Kind.DOWN:
+            await take_down(vne, runtime)
+        case Kind.REMOVE:
+            in_use = runtime.load(vne).layers_in_use() if vne in runtime.names() else ()
+            await _collect(vne, found.operation.store, in_use)
+    journal.end()
+
+
+Reader = Callable[[], Awaitable[None]]
+
+
+async def put_snapshot_right(
+    vne: str,
+    runtime: Runtime,
+    found: Interrupted,
+    sessions: Mapping[str, Qmp] | None = None,
+    readers: Mapping[str, Reader] | None = None,
+) -> None:
+    """Finish a snapshot that was committed; undo one that was not: VMs, disks, taps and files as they were.
+
+    `sessions` are open QMP sessions by VM, `readers` what reads the rest of a stream that must not break.
+    """
+    live = runtime.load(vne)
+    store = Store(Path(live.store))
+    if (vne, found.operation.snapshot) in await store.names(vne):
+        runtime.save(settled(live, found.members))
+        return
+    calls = [
+        partial(_undo, live.find(each.vm), each, runtime, vne, sessions or {}, readers or {}) for each in found.members
+    ]
+    kept = [each for each in await run_each(calls) if each is not None]
+    if kept:
+        live = with_layers(live, kept)
+        runtime.save(live)
+    await _move_back(live)
+    receivers = find_processes([f"{store.root / vne / snapshot_dir(found.operation.snapshot)}/"])
+    await run_all([partial(end_process, process) for process in receivers])
+    await _collect(vne, live.store, live.layers_in_use())
+
+
+async def _undo(
+    live: LiveVM,
+    member: Member,
+    runtime: Runtime,
+    vne: str,
+    sessions: Mapping[str, Qmp],
+    readers: Mapping[str, Reader],
+) -> Member | None:
+    """Bring one VM back. Where its new disk layers cannot be merged back it keeps them, and they are returned."""
+    async with AsyncExitStack() as stack:
+        try:
+            qmp = sessions.get(live.vm.name)
+            if qmp is None:
+                path = runtime.qmp_path(vne, live.vm.name)
+                qmp = await stack.enter_async_context(open_qmp(path, vm=live.vm.name))
+            legacy = must_read_to_end(live.qemu_version)
+            # in another process nothing is left to be done but to wait: the receiver reads on, or QEMU sees it gone
+            read_rest = readers.get(live.vm.name, trio.sleep_forever) if legacy else None
+            await abandon(qmp, running=member.running, read_rest=read_rest)
+            if legacy:
+                await release_memory(live.process)
+            try:
+                await DiskCut(qmp, member.overlays).undo()
+            except QemuGoneError:
+                raise
+            except QsnapError as error:
+                log.warning("VM %s keeps the disk layers of an undone snapshot: %s", live.vm.name, error)
+                return member
+        except QemuGoneError:
+            pass  # nothing is left to bring back
+    return None
+
+
+async def _move_back(live: LiveVNE) -> None:
+    moves = [move for vm in live.vms for move in plan_moves(live.vne, vm.vm.name, live.active)]
+    async with open_links(live.netns) as links:
+        await links.apply([*plan_direction(live.vne, live.active), *moves])
+
+
+async def _collect(vne: str, store: str, in_use: Iterable[str]) -> None:
+    with suppress(IntegrityError):  # of another snapshot: not what went wrong
+        await Store(Path(store)).collect(vne, in_use)
+
+
+async def recover(vne: str | None = None, *, place: Place | None = None) -> tuple[str, ...]:
+    """Put right what a killed qsnap has left of one VNE, or of all; the next operation on it would do so too.
+
+    Returns the VNEs that needed it. One that somebody is at work on is left alone.
+    """
+    runtime = (place or Place()).runtime()
+    names = [name for name in runtime.interrupted() if vne in (None, name)]
+    done = []
+    for name in names:
+        with suppress(BusyError):
+            async with exclusive(runtime, name):
+                done.append(name)
+    return tuple(done)
+
+
+def recovery_command(runtime: Runtime, vne: str) -> list[str]:
+    """The command line of a process that puts one VNE right."""
+    return [sys.executable, "-m", "qsnap.cli", "recover", vne, "--run-dir", str(runtime.root)]
+
+
+def settled(live: LiveVNE, members: Iterable[Member]) -> LiveVNE:
+    """The VNE after a committed snapshot: on the other colour, and with the new disk layers on top."""
+    return evolve(with_layers(live, members), active=live.active.other)
+
+
+def with_layers(live: LiveVNE, members: Iterable[Member]) -> LiveVNE:
+    """The VNE with the new disk layers of these VMs on top."""
+    overlays = {member.vm: member.overlays for member in members}
+    vms = tuple(
+        evolve(
+            vm,
+            disks=tuple(
+                LiveDisk(overlay.node, (overlay.path, *disk.layers))
+                for overlay, disk in zip(overlays[vm.vm.name], vm.disks, strict=True)
+            ),
+        )
+        if vm.vm.name in overlays
+        else vm
+        for vm in live.vms
+    )
+    return evolve(live, vms=vms)
