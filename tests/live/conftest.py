@@ -16,7 +16,6 @@ from qsnap.host.qemu import find_processes
 from qsnap.host.takedown import take_down
 from tests.live.lab import GUEST, QEMU_7, QEMU_11, ROOT, make_vne, open_consoles, wait_ready
 
-HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 KEPT = ROOT / "build/test-consoles"
 
 
@@ -38,14 +37,13 @@ def place(request: pytest.FixtureRequest) -> Iterator[qsnap.Place]:
     """Directories of the test's own; afterwards nothing of its VNEs may be left on the machine."""
     with tempfile.TemporaryDirectory(prefix="qsnap-", dir="/var/tmp") as root:
         place = qsnap.Place(f"{root}/run", f"{root}/store")
-        pool = HUGE_PAGES.read_text()
         yield place
         _keep_consoles(place, request.node.name)
         up = place.runtime().names()
         for name in up:
             trio.run(take_down, name, place.runtime())
         assert not find_processes([root]), "a process was left behind"
-        assert HUGE_PAGES.read_text() == pool, "huge pages were not given back"
+        assert not place.runtime().huge_pages().ledger.exists(), "huge pages were not given back"
 
 
 def _keep_consoles(place: qsnap.Place, test: str) -> None:
