@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qsnap.host.lifecycle import VMStatus, VNEStatus, console_path, down, running, status, statuses, up
     from qsnap.host.place import Place
     from qsnap.host.recovery import recover
+    from qsnap.host.reporting import Report, report
     from qsnap.host.restoring import RestoreReport, restore
     from qsnap.host.saving import snapshot
     from qsnap.model import (
@@ -73,6 +74,10 @@ _HOMES = {
     ),
     "qsnap.host.place": ("Place",),
     "qsnap.host.recovery": ("recover",),
+    "qsnap.host.reporting": (
+        "Report",
+        "report",
+    ),
     "qsnap.host.restoring": (
         "RestoreReport",
         "restore",
@@ -127,6 +132,7 @@ __all__ = [
     "QemuError",
     "QsnapError",
     "RamMode",
+    "Report",
     "RestoreReport",
     "Snapshot",
     "StateError",
@@ -139,6 +145,7 @@ __all__ = [
     "load_description",
     "recover",
     "remove",
+    "report",
     "restore",
     "running",
     "show",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+from attrs import evolve
 from hypothesis import settings
 from hypothesis import strategies as st
 
@@ -87,6 +88,20 @@ def contents(name: str = "s1", layer: str = "disks/alice-0.qcow2") -> dict[str, 
     }
 
 
+def snapshot_of(*vms: tuple[str, Measurements], name: str = "s1", created_s: float = 1700000000.5) -> Snapshot:
+    """A snapshot of VMs with these names and measurements, which ran."""
+    one = snapshot(name)
+    saved = tuple(evolve(one.vms[0], vm=evolve(one.vms[0].vm, name=vm), measurements=cost) for vm, cost in vms)
+    stops = [cost.stop_instant_s for _, cost in vms]
+    return evolve(
+        one,
+        vne=evolve(one.vne, vms=tuple(each.vm for each in saved)),
+        created_s=created_s,
+        vms=saved,
+        discrepancy_ms=(max(stops) - min(stops)) * 1e3,
+    )
+
+
 UNHURRIED = settings(deadline=None)  #: a busy machine makes no test fail
 
 _ALNUM = "abyz0189"
@@ -148,7 +163,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         name=draw(NAMES),
         vne=vne,
         cut=draw(st.sampled_from(Cut)),
-        created_s=draw(FINITE),
+        created_s=draw(st.floats(0, 1e11)),
         vms=tuple(_vm_snapshot(draw, vm) for vm in vne.vms),
         discrepancy_ms=draw(FINITE),
     )

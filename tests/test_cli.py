@@ -25,11 +25,11 @@ from qsnap.cli import main, tables
 from qsnap.cli.bars import Lines
 from qsnap.cli.commands import cli
 from qsnap.cli.group import exit_codes
-from qsnap.cli.units import count_text, duration_text, percent_text, size_text
 from qsnap.host.qemu import Process
 from qsnap.host.runtime import LiveVM, LiveVNE
 from qsnap.host.store import Store
 from qsnap.model import Accelerator, Colour, version_text
+from qsnap.units import count_text, duration_text, percent_text, size_text
 from tests.samples import contents, snapshot
 
 Run = Callable[..., tuple[int, str, str]]
@@ -182,6 +182,43 @@ def test_show_tells_everything(run: Run) -> None:
     files = (vm.ram[0].file.path, vm.device_stream.path, vm.disks[0].base, vm.disks[0].layers[0].path)
     for text in (*told, *files, *vm.hardware):
         assert text in out
+
+
+def test_report(run: Run, tmp_path: Path) -> None:
+    page, png = tmp_path / "lab.html", tmp_path / "lab.png"
+    code, out, err = run("report", "lab", "-o", str(page), "--png", str(png))
+    assert (code, out, err) == (0, f"2 snapshots of lab, drawn in {page} and {png}.\n", "")
+    assert 'id="s1"' in page.read_text()
+    assert png.read_bytes().startswith(b"\x89PNG")
+    answer = json.loads(run("report", "lab", "s2", "-o", str(page), "--json")[1])
+    assert ([each["name"] for each in answer["snapshots"]], answer["page"], answer["png"]) == (["s2"], str(page), "")
+    assert 'id="s1"' not in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("lab", "s3"), 4, "lab has no snapshot s3"),
+        (("other",), 4, "other has no snapshots"),
+        (("lab", "-o", "/no/such/page.html"), 6, "/no/such/page.html: No such file or directory"),
+    ],
+)
+def test_a_report_that_cannot_be(run: Run, words: tuple[str, ...], code: int, told: str) -> None:
+    found, out, err = run("report", *words)
+    assert (found, out) == (code, "")
+    assert told in err
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
+def test_a_report_without_its_extra(tmp_path: Path, missing: str) -> None:
+    page = tmp_path / "lab.html"
+    words = ["report", "lab", "-o", str(page)]
+    program = f"import sys; sys.modules[{missing!r}] = None; from qsnap.cli import main; sys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    told = f"qsnap: reports are drawn with {missing}, which is not installed\n  pip install 'qsnap[report]'\n"
+    assert (done.returncode, done.stderr) == (6, told)
+    assert not page.exists()
 
 
 def test_rm(run: Run, place: qsnap.Place) -> None:

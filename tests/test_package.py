@@ -52,7 +52,7 @@ def test_the_wheel_holds_the_typed_package_only(wheel: ZipFile) -> None:
     names = wheel.namelist()
     tops = {name.partition("/")[0] for name in names}
     assert tops - {"qsnap"} == {top for top in tops if top.endswith(".dist-info")}
-    assert "qsnap/py.typed" in names
+    assert {"qsnap/py.typed", "qsnap/drawing/page.html"} <= set(names)
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("qsnap/**/*.py")}
     assert sources <= set(names)
 
@@ -71,7 +71,8 @@ def test_the_wheel_has_readme_and_licence(wheel: ZipFile) -> None:
 
 
 def test_the_oldest_dependencies_tested_are_the_declared_bounds() -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["report"]]
     lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
     tested = dict(re.findall(r"^([\w.-]+)==([\d.]+)", "\n".join(lines), re.MULTILINE))
     bounds = dict(dependency.split(">=") for dependency in declared)

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Display
 
-from qsnap.cli.units import size_text
 from qsnap.host.place import Progress, no_progress
+from qsnap.units import size_text
 
 PATIENCE_S = 1.0  #: what is done by then shows no bar
 REFRESH_HZ = 4  #: each costs a millisecond, which a snapshot under way should not wait for

@@ -161,6 +161,21 @@ def show(settings: Settings, vne: str, name: str) -> Answer:
     return Answer(saved, tables.details_text(saved))
 
 
+@cli.command(example="qsnap report lab -o lab.html --png lab.png")
+@saved_vne
+@click.argument("names", nargs=-1, metavar="[NAME...]", shell_complete=complete_snapshots)
+@click.option("-o", "--output", default="report.html", show_default=True, type=click.Path(), help="The page.")
+@click.option("--png", default="", type=click.Path(), help="A picture of the same drawings, beside the page.")
+@click.pass_obj
+def report(settings: Settings, vne: str, names: tuple[str, ...], output: str, png: str) -> Answer:
+    """Draw what snapshots cost: a page with the timeline of each VM.
+
+    Of all snapshots of the VNE, or of those named. The page is one file that needs nothing else.
+    """
+    written = call(settings, qsnap.report, vne, names, page=output, png=png)
+    return Answer(written, tables.report_text(written))
+
+
 @cli.command(example="qsnap verify lab before-update")
 @saved_vne
 @saved_name

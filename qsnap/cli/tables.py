@@ -9,12 +9,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qsnap import RestoreReport, Snapshot, VMStatus, VNEStatus
-from qsnap.cli.units import count_text, duration_text, instant_text, percent_text, size_text
+from qsnap import Report, RestoreReport, Snapshot, VMStatus, VNEStatus
 from qsnap.model import DiskImage, StoredFile, VMSnapshot, version_text
+from qsnap.rules.figures import discrepancy_ms, longest_downtime_ms, reasons, stored_bytes
 from qsnap.rules.manifest import files_in
+from qsnap.units import count_text, duration_text, instant_text, percent_text, size_text
 
 NOTHING = "-"
+WAS_PAUSED = "was paused"
 DIGEST_DIGITS = 12  #: of a SHA-256, enough to compare by eye
 _NUMERIC = frozenset({"PID", "MEMORY", "DOWNTIME", "TOTAL", "ITER.", "LAST PAGES", "IMAGE", "VMS", "SIZE"})
 _STATE_STYLES = {"running": "green", "paused": "yellow"}
@@ -57,7 +59,7 @@ def captures_text(snapshot: Snapshot) -> RenderableType:
     """What a snapshot cost each VM, how far apart they were stopped, and why their engines were chosen."""
     header = ("VM", "ENGINE", "DOWNTIME", "TOTAL", "ITER.", "LAST PAGES", "IMAGE")
     table = _table(header, [_capture_row(vm) for vm in snapshot.vms])
-    return Group(table, "", *_discrepancy(snapshot), *_reasons(snapshot.vms))
+    return Group(table, "", *_discrepancy(snapshot), *reasons(snapshot))
 
 
 def _capture_row(vm: VMSnapshot) -> tuple[str, ...]:
@@ -65,7 +67,7 @@ def _capture_row(vm: VMSnapshot) -> tuple[str, ...]:
     return (
         vm.vm.name,
         vm.engine.value,
-        _downtime(vm),
+        duration_text(cost.downtime_ms) if vm.was_running else WAS_PAUSED,
         duration_text(cost.total_ms),
         f"{cost.iterations}",
         f"{cost.last_iteration_pages:,}",
@@ -73,25 +75,11 @@ def _capture_row(vm: VMSnapshot) -> tuple[str, ...]:
     )
 
 
-def _downtime(vm: VMSnapshot) -> str:
-    return duration_text(vm.measurements.downtime_ms) if vm.was_running else "was paused"
-
-
 def _discrepancy(snapshot: Snapshot) -> list[str]:
-    stopped = sum(vm.was_running for vm in snapshot.vms)
-    if stopped < 2:
+    apart_ms = discrepancy_ms(snapshot)
+    if apart_ms is None:
         return []
-    return [f"Discrepancy: the VMs were stopped within {duration_text(snapshot.discrepancy_ms)} of each other."]
-
-
-def _reasons(vms: Iterable[VMSnapshot]) -> list[str]:
-    """Why each engine was chosen; VMs that share engine and reason share a line."""
-    chosen: dict[tuple[str, str], list[str]] = {}
-    for vm in vms:
-        chosen.setdefault((vm.engine.value, vm.reason), []).append(vm.vm.name)
-    if len(chosen) == 1:
-        return [f"Engine {engine}: {reason}." for engine, reason in chosen]
-    return [f"Engine {engine} for {', '.join(names)}: {reason}." for (engine, reason), names in chosen.items()]
+    return [f"Discrepancy: the VMs were stopped within {duration_text(apart_ms)} of each other."]
 
 
 def snapshots_text(snapshots: Sequence[Snapshot]) -> RenderableType:
@@ -103,23 +91,16 @@ def snapshots_text(snapshots: Sequence[Snapshot]) -> RenderableType:
 
 
 def _snapshot_row(snapshot: Snapshot) -> tuple[str, ...]:
-    downtimes = [vm.measurements.downtime_ms for vm in snapshot.vms if vm.was_running]
+    downtime_ms = longest_downtime_ms(snapshot)
     return (
         snapshot.vne.name,
         snapshot.name,
         instant_text(snapshot.created_s),
         str(len(snapshot.vms)),
         size_text(stored_bytes(snapshot)),
-        duration_text(max(downtimes)) if downtimes else "was paused",
+        WAS_PAUSED if downtime_ms is None else duration_text(downtime_ms),
         snapshot.cut.value,
     )
-
-
-def stored_bytes(snapshot: Snapshot) -> int:
-    """What a snapshot takes on disk. Disk layers that it shares with other snapshots are counted as its own."""
-    layers = {layer for vm in snapshot.vms for disk in vm.disks for layer in disk.layers}
-    images = sum(vm.measurements.image_bytes for vm in snapshot.vms)
-    return images + sum(layer.size_bytes for layer in layers)
 
 
 def details_text(snapshot: Snapshot) -> RenderableType:
@@ -172,6 +153,12 @@ def verified_text(snapshot: Snapshot) -> str:
     files = files_in(snapshot)
     amount = f"{count_text(len(files), 'file')}, {size_text(sum(file.size_bytes for file in files))}"
     return f"{snapshot.vne.name}/{snapshot.name} is intact: {amount}."
+
+
+def report_text(report: Report) -> str:
+    """Where a report was written to."""
+    files = " and ".join(filter(None, (report.page, report.png)))
+    return f"{count_text(len(report.snapshots), 'snapshot')} of {report.snapshots[0].vne.name}, drawn in {files}."
 
 
 def removed_text(vne: str, removed: Mapping[str, Sequence[str]]) -> str:

@@ -23,6 +23,8 @@ FORMAT = "qsnap-1"
 MANIFEST = "manifest.json"
 SEALS = "seals.json"
 
+END_OF_TIME_S = 2**37  #: the year 6325: what calendars and clocks can show
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ZEROS = "0" * 64
@@ -154,6 +156,8 @@ def _faults(snapshot: Snapshot) -> Iterable[str]:
             yield f"{name[:80]!r} is not a name"
     if sorted(names) != sorted(vm.name for vm in snapshot.vne.vms) or len(set(names)) < len(names):
         yield "the VMs saved are not the VMs of the VNE"
+    if not 0 <= snapshot.created_s < END_OF_TIME_S:
+        yield "it was created at no time that can be"
     for file in files_in(snapshot):
         fault = path_fault(file.path)
         if fault:

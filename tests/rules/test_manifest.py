@@ -175,6 +175,8 @@ def test_plain_paths_are_accepted() -> None:
         (["cut"], "color", "not a snapshot"),
         (["created_s"], "1", "expected float @ snapshot.created_s"),
         (["created_s"], True, "expected float @ snapshot.created_s"),
+        (["created_s"], -1.0, "at no time"),
+        (["created_s"], 1e300, "at no time"),
         (["comment"], "x", "comment"),
         (["vms", 0, "was_running"], 1, "expected bool @ snapshot.vms[0].was_running"),
         (["vms", 0, "qemu_version"], [7, 2], "not a snapshot"),

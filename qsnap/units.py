@@ -1,4 +1,4 @@
-"""Quantities as people read them."""
+"""Quantities as people read them: in a terminal, on a page, in a drawing."""
 
 from __future__ import annotations
 
