@@ -28,8 +28,8 @@ class Backing(Enum):
     AUTO = "auto"  #: hugetlb if the host has enough free huge pages, else anonymous
     ANONYMOUS = "anonymous"  #: memory-backend-ram
     MEMFD = "memfd"  #: memory-backend-memfd, shared
+    TMPFS = "tmpfs"  #: memory-backend-file in /dev/shm, shared
     HUGETLB = "hugetlb"  #: memory-backend-memfd with hugetlb=on; huge pages are reserved if the host has none
-    FILE = "file"  #: memory-backend-file, mapped copy-on-write from a snapshot's flat file; restore only
 
 
 class Accelerator(Enum):
@@ -83,10 +83,15 @@ class Nic:
 
 @frozen
 class VM:
-    """One VM as described. `memory_bytes` is the size of its main RAM block."""
+    """One VM as described.
+
+    `numa` are the sizes of its NUMA nodes, which add up to `memory_bytes`; `dimms` are memory devices beside that.
+    """
 
     name: str
     memory_bytes: int
+    numa: tuple[int, ...] = ()
+    dimms: tuple[int, ...] = ()
     backing: Backing = Backing.AUTO
     vcpus: int = 1
     machine: str = "pc"
@@ -99,6 +104,11 @@ class VM:
     disks: tuple[Disk, ...] = ()
     nics: tuple[Nic, ...] = ()
     extra: tuple[str, ...] = ()
+
+    @property
+    def ram_bytes(self) -> int:
+        """All of the guest's RAM."""
+        return self.memory_bytes + sum(self.dimms)
 
 
 @frozen

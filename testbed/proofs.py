@@ -39,7 +39,7 @@ class Cut:
 
 def read_cut(vm: VMSnapshot, directory: Path) -> Cut:
     """Judge the RAM image of one VM; `directory` is the VNE's in the store. Takes time: every page is read."""
-    image = directory / vm.ram[0].file.path
+    image = tuple(directory / block.file.path for block in vm.ram)
     state = read_state(image)
     report = check_stamps(image, state)
     require(report.ok, f"the working set of {vm.vm.name} is damaged in {image}: {report}")

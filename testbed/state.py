@@ -1,8 +1,9 @@
 """The test guest's own account of itself, read out of a RAM image: the judge of every snapshot.
 
 `testbed/guest/state.h` states the layout and the order in which the guest updates it; what may differ at a
-cut follows from that order, and nothing more is forgiven here. An image is a flat file or buffer of guest
-RAM, pages at their own offsets; where a page lies is unknown, so every page-aligned offset is looked at.
+cut follows from that order, and nothing more is forgiven here. An image is a buffer or flat file of guest
+RAM, or one file for each part of it, pages at their own offsets; where a page lies is unknown, so every page-aligned
+offset is looked at.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ STEP = 0x9E3779B97F4A7C15
 CHUNK_PAGES = 1 << 14
 
 Words: TypeAlias = npt.NDArray[np.uint64]
+FilePath: TypeAlias = str | os.PathLike[str]
+Image: TypeAlias = FilePath | tuple[FilePath, ...] | bytes | bytearray | memoryview  #: files: the parts of one RAM
 
 SCALARS = (
     "ready", "ticks", "uptime_ms", "touched", "touching", "stamp_errors", "send_errors",
@@ -205,16 +208,16 @@ def _file_chunks(path: str) -> Iterator[Words]:
                     yield np.frombuffer(part, "<u8").reshape(-1, PAGE_WORDS)
 
 
-def _chunks(image: str | os.PathLike[str] | bytes | bytearray | memoryview) -> Iterator[Words]:
+def _chunks(image: Image) -> Iterator[Words]:
     """The image as arrays of (pages, 512) words, holes left out."""
     if isinstance(image, bytes | bytearray | memoryview):
         whole = len(image) // PAGE_BYTES * PAGE_BYTES
         yield np.frombuffer(memoryview(image)[:whole], "<u8").reshape(-1, PAGE_WORDS)
+    elif isinstance(image, tuple):
+        for path in image:
+            yield from _file_chunks(os.fspath(path))
     else:
         yield from _file_chunks(os.fspath(image))
-
-
-Image: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview
 
 
 def _pages_with(magic: bytes, chunk: Words) -> Words:
@@ -277,7 +280,7 @@ def read_state(image: Image) -> GuestState:
     if len(intact) != 1:
         raise GuestStateError(
             f"{len(intact)} intact state blocks of {len(pages)} found, expected one",
-            where="buffer" if isinstance(image, bytes | bytearray | memoryview) else os.fspath(image),
+            where="buffer" if isinstance(image, bytes | bytearray | memoryview) else str(image),
             advice="was the image taken before the guest said ready, or is it not the guest's main RAM?",
         )
     return parse_state(intact[0])

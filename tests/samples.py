@@ -110,6 +110,7 @@ WORDS = st.builds(str.__add__, st.sampled_from(_ALNUM), st.text(_ALNUM + "AZ._-"
 TEXTS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=20)
 FILES = st.text(st.characters(min_codepoint=33, blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=20)
 MACS = st.integers(0, 2**40 - 1).map(lambda low: "52:" + low.to_bytes(5, "big").hex(":"))
+SIZES = st.integers(1, 8192).map(lambda huge_pages: huge_pages << 21)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 STORED_FILES = st.builds(
     StoredFile,
@@ -137,10 +138,13 @@ def _vm(draw: st.DrawFn, name: str, networks: list[str], macs: list[str]) -> VM:
     disks = tuple(draw(st.lists(st.builds(Disk, FILES, formats, WORDS), max_size=2)))
     kernel = draw(FILES if not disks else st.just("") | FILES)
     used = macs[: draw(st.integers(0, 2))]
+    nodes, dimms = (tuple(draw(st.lists(SIZES, max_size=2))) for _ in range(2))
     return VM(
         name=name,
-        memory_bytes=draw(st.integers(1, 8192)) << 21,
-        backing=draw(st.sampled_from([each for each in Backing if each is not Backing.FILE])),
+        memory_bytes=sum(nodes) or draw(SIZES),
+        numa=nodes,
+        dimms=dimms,
+        backing=draw(st.sampled_from(Backing)),
         vcpus=draw(st.integers(1, 255)),
         machine=draw(WORDS),
         cpu=draw(TEXTS),

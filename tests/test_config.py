@@ -42,6 +42,8 @@ accelerator = "tcg"
 vcpus = 2
 nics = ["lan", { network = "wan", mac = "52:54:00:AB:cd:ef", model = "e1000" }]
 extra = ["-device", "virtio-rng-pci"]
+numa = ["128M", "384M"]
+dimms = ["1G"]
 """
 
 
@@ -74,6 +76,7 @@ def test_a_whole_description() -> None:
         nics=(Nic("lan", alice.nics[0].mac),),
     )
     assert (bob.memory_bytes, bob.vcpus, bob.accelerator) == (512 << 20, 2, Accelerator.TCG)
+    assert (bob.numa, bob.dimms, bob.ram_bytes) == ((128 << 20, 384 << 20), (1 << 30,), 1536 << 20)
     assert bob.qemu == "/srv/qemu/qemu-system-x86_64"
     assert bob.nics[1] == Nic("wan", "52:54:00:ab:cd:ef", "e1000")
     assert bob.extra == ("-device", "virtio-rng-pci")
@@ -144,6 +147,9 @@ FAULTS = [
     ('memory = "5M"', 4, "vm.alice.memory", 'Take "4M" or "6M"'),
     ('backing = "hugetbl"', 4, "vm.alice.backing", "Did you mean `hugetlb`? Valid: auto, anonymous"),
     ('backing = "file"', 4, "vm.alice.backing", "unknown value 'file'"),
+    ('numa = ["1G", "1G"]\nmemory = "1G"\nkernel = "k"', 4, "vm.alice.numa", "must be the sum of all nodes"),
+    ('numa = ["1G", "3M"]', 4, "vm.alice.numa[1]", 'Take "2M" or "4M"'),
+    ('dimms = "1G"', 4, "vm.alice.dimms", "must be an array"),
     ('accelerator = "KVM"', 4, "vm.alice.accelerator", "Valid: auto, kvm, tcg"),
     ("vcpus = 0", 4, "vm.alice.vcpus", "not between 1 and 255"),
     ("vcpus = 1.0", 4, "vm.alice.vcpus", "a whole number, not a float"),

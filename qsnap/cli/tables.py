@@ -119,7 +119,7 @@ def details_text(snapshot: Snapshot) -> RenderableType:
 def _vm_details(vm: VMSnapshot) -> RenderableType:
     nics = [f"{nic.network} {nic.mac} {nic.model}" for nic in vm.vm.nics]
     facts = {
-        "memory": size_text(vm.vm.memory_bytes),
+        "memory": size_text(vm.vm.ram_bytes),
         "processors": f"{vm.vm.vcpus}, {vm.accelerator.value}",
         "machine": f"{vm.machine_type}, QEMU {version_text(vm.qemu_version)}",
         "NICs": "\n".join(nics) or "none",

@@ -48,7 +48,8 @@ _REFUSED_OPTIONS = {
     "m": "Use the key `memory`.",
     **dict.fromkeys(("machine", "M"), "Use the key `machine`."),
     **dict.fromkeys(("accel", "enable-kvm"), "Use the key `accelerator`."),
-    **dict.fromkeys(("mem-path", "mem-prealloc", "numa"), "Use the key `backing`."),
+    **dict.fromkeys(("mem-path", "mem-prealloc"), "Use the key `backing`."),
+    "numa": "Use the key `numa`.",
     **dict.fromkeys(("net", "nic"), "Use the key `nics`; to reach the outside, -netdev user and a -device."),
     **dict.fromkeys(_DISK_OPTIONS.split(), "Use the key `disks`: snapshots would miss other disks."),
     **{key: f"Use the key `{key}`." for key in ("cpu", "kernel", "initrd", "append")},
@@ -135,6 +136,9 @@ def _vm(source: Source, key: Key, settings: Settings, macs: dict[MacKey, str]) -
     fields = {field: value for field, (_, value) in settings.items()}
     if "memory_bytes" not in fields:
         raise source.error((*key, "memory"), "is required and missing", 'For example: memory = "512M"')
+    if fields.get("numa") and sum(fields["numa"]) != fields["memory_bytes"]:
+        message = f"the nodes have {sum(fields['numa'])} bytes, and `memory` is {fields['memory_bytes']}"
+        raise source.error(settings["numa"][0], message, "`memory` must be the sum of all nodes.")
     if not (fields.get("kernel") or fields.get("disks")):
         raise source.error(key, "the VM has nothing to boot from", "Give it `kernel` or `disks`.")
     for word in ("initrd", "append"):
@@ -251,7 +255,9 @@ _filled = matching(r"(?s:.+)", "a file")
 _mac_form = matching(r"(?i:[0-9a-f]{2}(:[0-9a-f]{2}){5})", 'a MAC: six bytes such as "52:54:00:12:34:56"')
 _READERS: dict[str, Reader[Any]] = {
     "memory": memory,
-    "backing": member(each for each in Backing if each is not Backing.FILE),
+    "numa": tuple_of(memory),
+    "dimms": tuple_of(memory),
+    "backing": member(Backing),
     "vcpus": whole(1, 255),
     "machine": _device,
     "cpu": string,

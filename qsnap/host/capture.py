@@ -63,8 +63,9 @@ class Captured:
     stop_instant_s: float  # 0, as the next, if the VM was paused all along
     resume_instant_s: float
 
-    def measurements(self, directory: Path, memory_bytes: int) -> Measurements:
+    def measurements(self, directory: Path) -> Measurements:
         """The figures kept with the snapshot; `directory` holds the VM's RAM and device state."""
+        ram_bytes = sum(block["used_length"] for block in self.receipt["blocks"])
         image_bytes = sum(path.stat().st_blocks * 512 for path in directory.iterdir())
         return Measurements(
             total_ms=self.total_ms,
@@ -74,7 +75,7 @@ class Captured:
             resume_instant_s=self.resume_instant_s,
             downtime_ms=max(0.0, self.resume_instant_s - self.stop_instant_s) * 1e3,
             image_bytes=image_bytes,
-            image_to_memory=image_bytes / memory_bytes,
+            image_to_memory=image_bytes / ram_bytes,
             start_instant_s=self.start_instant_s,
         )
 
@@ -345,6 +346,21 @@ async def probe_migration(qmp: Qmp) -> str:
     """QEMU's reasons not to migrate this VM at all, or nothing."""
     info = await qmp.execute("query-migrate")
     return "; ".join(info.get("blocked-reasons", ()))
+
+
+async def query_ram(qmp: Qmp) -> dict[str, int]:
+    """The RAMBlocks that memory backends are, by idstr, and their sizes in bytes.
+
+    On some old machine types a block is called by the whole QOM path of its backend (host_memory_backend_get_name).
+    """
+    sizes = {f"/objects/{memdev['id']}": memdev["size"] for memdev in await qmp.execute("query-memdev")}
+    by_path = await qmp.execute_all(
+        *(("qom-get", {"path": path, "property": "x-use-canonical-path-for-ramblock-id"}) for path in sizes)
+    )
+    return {
+        path if whole else path.removeprefix("/objects/"): size
+        for (path, size), whole in zip(sizes.items(), by_path, strict=True)
+    }
 
 
 async def cont(qmp: Qmp) -> None:

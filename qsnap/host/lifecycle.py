@@ -22,7 +22,7 @@ from qsnap.host.starting import DiskBase, Start, build_networks, describe, start
 from qsnap.host.takedown import take_down
 from qsnap.host.tasks import one_error, run_all
 from qsnap.model import VM, VNE, Accelerator, Backing, Colour
-from qsnap.rules.command import AnonymousRam, MemfdRam, Ram, plan_hardware
+from qsnap.rules.command import AnonymousRam, MemfdRam, Ram, TmpfsRam, plan_hardware, plan_ram
 
 DEAD = "dead"  #: the state of a VM whose process has ended
 
@@ -70,7 +70,7 @@ async def up(vne: VNE, *, place: Place | None = None, progress: Progress = no_pr
 
 async def _bring_up(live: LiveVNE, runtime: Runtime, progress: Progress) -> None:
     runtime.save(live)
-    asked = sum(hugepages.pages_for(vm.memory_bytes) for vm in live.vne.vms if vm.backing is Backing.HUGETLB)
+    asked = sum(hugepages.pages_for(vm.ram_bytes) for vm in live.vne.vms if vm.backing is Backing.HUGETLB)
     if asked:
         runtime.huge_pages().reserve(live.vne.name, asked)
     rams = _choose_rams(live.vne.vms, hugepages.free_pages() - asked)
@@ -81,7 +81,7 @@ async def _bring_up(live: LiveVNE, runtime: Runtime, progress: Progress) -> None
             index=index,
             hardware=plan_hardware(vm, accelerator := await choose_accelerator(vm.accelerator, vm.qemu)),
             accelerator=accelerator,
-            ram=ram,
+            ram=plan_ram(vm, ram),
             disks=tuple(DiskBase(disk.file, disk.format) for disk in vm.disks),
         )
         for index, (vm, ram) in enumerate(zip(live.vne.vms, rams, strict=True))
@@ -115,8 +115,9 @@ def _choose_rams(vms: Sequence[VM], free: int) -> list[Ram]:
     """RAM for each VM; `free` huge pages are for those that did not ask for them."""
     rams: list[Ram] = []
     for vm in vms:
-        needed = hugepages.pages_for(vm.memory_bytes)
-        fits = vm.memory_bytes % hugepages.HUGE_PAGE_BYTES == 0 and needed <= free
+        needed = hugepages.pages_for(vm.ram_bytes)
+        sizes = (vm.memory_bytes, *vm.numa, *vm.dimms)
+        fits = needed <= free and not any(size % hugepages.HUGE_PAGE_BYTES for size in sizes)
         match vm.backing:
             case Backing.HUGETLB:
                 rams.append(MemfdRam(hugetlb=True))
@@ -125,6 +126,8 @@ def _choose_rams(vms: Sequence[VM], free: int) -> list[Ram]:
                 rams.append(MemfdRam(hugetlb=True))
             case Backing.MEMFD:
                 rams.append(MemfdRam(hugetlb=False))
+            case Backing.TMPFS:
+                rams.append(TmpfsRam())
             case _:
                 rams.append(AnonymousRam())
     return rams
@@ -155,7 +158,7 @@ async def _vm_status(live: LiveVM, runtime: Runtime, vne: str) -> VMStatus:
         accelerator=live.accelerator,
         qemu_version=live.qemu_version,
         machine_type=live.machine_type,
-        memory_bytes=live.vm.memory_bytes,
+        memory_bytes=live.vm.ram_bytes,
         hugetlb=live.hugetlb,
     )
 

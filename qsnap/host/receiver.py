@@ -97,9 +97,8 @@ class Snapshot:
                 pass
 
     def _create_files(self, ram: RamSetup) -> None:
-        missing = set(self._backed) - {block.idstr for block in ram.blocks}
-        if missing:
-            raise StreamError(f"the stream announces no RAMBlock {missing.pop()!r}", stream_offset=0)
+        if not {block.idstr for block in ram.blocks} & set(self._backed):
+            raise StreamError(f"the stream announces none of the RAMBlocks {self._backed}", stream_offset=0)
         self._ram = ram
         for block in ram.blocks:
             path = os.path.join(self._directory, file_name(block.idstr))
@@ -235,7 +234,7 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stream", type=int, required=True, metavar="FD")
     parser.add_argument("--status", type=int, required=True, metavar="FD")
     parser.add_argument("--directory", required=True, help="an existing directory for the files")
-    parser.add_argument("--backed", action="append", default=[], metavar="IDSTR", help="a RAMBlock that gets a file")
+    parser.add_argument("--backed", action="append", default=[], metavar="IDSTR", help="a RAMBlock for a file")
     parser.add_argument("--ram-limit", type=int, required=True, metavar="BYTES", help="of all RAMBlocks together")
     parser.add_argument("--tail-limit", type=int, default=_TAIL_LIMIT_BYTES, metavar="BYTES")
     parser.add_argument("--target-page-size", type=int, default=4096, metavar="BYTES")

@@ -27,7 +27,7 @@ from qsnap.host.store import Store
 from qsnap.host.takedown import take_down
 from qsnap.host.tasks import run_all
 from qsnap.model import Accelerator, Colour, DiskImage, RamMode, Snapshot, StoredFile, VMSnapshot, version_text
-from qsnap.rules.command import RAM_ID, FilledRam, MappedRam, Ram
+from qsnap.rules.command import FilledRam, MappedRam, MemoryBackend
 from qsnap.rules.engine import Version, precopy_is_safe
 
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}  #: ms; as QEMU does after a migration
@@ -177,17 +177,16 @@ class _Restoring:
     def _base(self, disk: DiskImage) -> DiskBase:
         return DiskBase(disk.base, disk.base_format, tuple(str(self._stored(layer)) for layer in disk.layers))
 
-    async def _provide_ram(self, saved: VMSnapshot, fds: ExitStack) -> Ram:
-        block = next(block for block in saved.ram if block.idstr == RAM_ID)
-        path = self._stored(block.file)
-        eager, why = choose_ram(self.mode, saved.accelerator, self.version or saved.qemu_version, path)
+    async def _provide_ram(self, saved: VMSnapshot, fds: ExitStack) -> tuple[MemoryBackend, ...]:
+        directory = self._stored(saved.device_stream).parent
+        eager, why = choose_ram(self.mode, saved.accelerator, self.version or saved.qemu_version, directory)
         self.how[saved.vm.name] = why
-        if not eager:
-            return MappedRam(str(path))
-        fd = make_memory(block.used_length)
-        fds.callback(os.close, fd)
-        await trio.to_thread.run_sync(fill_memory, fd, path, block.used_length)
-        return FilledRam(fd)
+        provided = []
+        for block in saved.ram:
+            path, size = self._stored(block.file), block.used_length
+            ram = await _copy_ram(path, size, fds) if eager else MappedRam(str(path))
+            provided.append(MemoryBackend(block.idstr, size, ram))
+        return tuple(provided)
 
 
 async def feed(qmp: Qmp, stream: Path) -> None:
@@ -245,6 +244,13 @@ def is_memory_file(path: Path) -> bool:
         fields[2] == f"{os.major(device)}:{os.minor(device)}" and fields[fields.index("-") + 1] == "tmpfs"
         for fields in mounts
     )
+
+
+async def _copy_ram(path: Path, size_bytes: int, fds: ExitStack) -> FilledRam:
+    fd = make_memory(size_bytes)
+    fds.callback(os.close, fd)
+    await trio.to_thread.run_sync(fill_memory, fd, path, size_bytes)
+    return FilledRam(fd)
 
 
 def make_memory(size_bytes: int) -> int:

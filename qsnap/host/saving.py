@@ -23,6 +23,7 @@ from qsnap.host.capture import (
     abandon,
     probe_background,
     probe_migration,
+    query_ram,
 )
 from qsnap.host.daemon import open_daemon
 from qsnap.host.disks import DiskCut, Overlay, create_overlay
@@ -36,7 +37,6 @@ from qsnap.host.store import Store
 from qsnap.host.tasks import run_all
 from qsnap.model import Colour, Cut, DiskImage, Engine, RamBlockFile, Snapshot, StoredFile, VMSnapshot
 from qsnap.rules.colouring import Move, plan_direction, plan_moves
-from qsnap.rules.command import RAM_ID
 from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine, keeps_paused, must_read_to_end
 from qsnap.rules.manifest import files_in
 
@@ -161,17 +161,19 @@ class _Saving:
     async def _begin(self, vm: LiveVM, qmp: Qmp, disks: DiskCut, facts: Facts, engine: Engine) -> Capture:
         directory = self.directory / vm.vm.name
         directory.mkdir(mode=0o700)
+        ram = await query_ram(qmp)
+        ram_bytes = sum(ram.values())
         keeps_reading = engine is Engine.BACKGROUND and must_read_to_end(facts.qemu_version)
         daemon, stream_fd = await self.sessions.enter_async_context(
             open_daemon(
                 self.nursery,
                 directory,
                 vm=vm.vm.name,
-                backed=(RAM_ID,),
+                backed=tuple(ram),
                 keeps_reading=keeps_reading,
                 heir=recovery_command(self.runtime, self.live.vne.name),
-                ram_limit_bytes=vm.vm.memory_bytes + DEVICE_RAM_BYTES,
-                on_bytes=lambda done: self.progress("save", vm.vm.name, done, vm.vm.memory_bytes),
+                ram_limit_bytes=ram_bytes + DEVICE_RAM_BYTES,
+                on_bytes=lambda done: self.progress("save", vm.vm.name, done, ram_bytes),
             )
         )
         if keeps_reading:
@@ -245,7 +247,7 @@ class _Saving:
         async def seal(path: str) -> StoredFile:
             return known.get(path) or await self.store.seal_file(vne, path, count)
 
-        sealed, total = 0, vm.vm.memory_bytes
+        sealed, total = 0, sum(block["used_length"] for block in captured.receipt["blocks"])
 
         def count(more: int) -> None:
             nonlocal sealed
@@ -273,7 +275,7 @@ class _Saving:
             device_stream=await seal(f"{folder}/{os.path.basename(captured.receipt['device_stream'])}"),
             disks=tuple(disks),
             was_running=member.capture.was_running,
-            measurements=captured.measurements(self.directory / vm.vm.name, vm.vm.memory_bytes),
+            measurements=captured.measurements(self.directory / vm.vm.name),
         )
 
     async def _known_files(self) -> dict[str, StoredFile]:

@@ -23,7 +23,7 @@ from qsnap.rules.command import (
     Backends,
     FilledRam,
     MemfdRam,
-    Ram,
+    MemoryBackend,
     plan_command,
     with_machine_type,
 )
@@ -51,7 +51,7 @@ class Start:
     index: int
     hardware: tuple[str, ...]
     accelerator: Accelerator
-    ram: Ram
+    ram: tuple[MemoryBackend, ...]
     disks: tuple[DiskBase, ...]
     incoming: bool = False
 
@@ -89,7 +89,7 @@ async def start_process(live: LiveVNE, runtime: Runtime, start: Start) -> tuple[
         incoming=start.incoming,
     )
     command = plan_command(vm, f"{live.vne.name}/{vm.name}", start.hardware, start.accelerator, backends)
-    fds = (start.ram.fd,) if isinstance(start.ram, FilledRam) else ()
+    fds = [block.ram.fd for block in start.ram if isinstance(block.ram, FilledRam)]
     process = await start_qemu(command, netns=netns_path(live.netns), directory=str(directory), vm=vm.name, fds=fds)
     return process, disks
 
@@ -119,6 +119,6 @@ async def describe(qmp: Qmp, start: Start, process: Process, disks: tuple[LiveDi
         machine_type=machine_type,
         accelerator=start.accelerator,
         qemu_version=(numbers["major"], numbers["minor"], numbers["micro"]),
-        hugetlb=isinstance(start.ram, MemfdRam) and start.ram.hugetlb,
+        hugetlb=all(block.ram == MemfdRam(hugetlb=True) for block in start.ram),
         disks=disks,
     )

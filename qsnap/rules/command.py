@@ -13,7 +13,10 @@ from attrs import frozen
 
 from qsnap.model import VM, Accelerator
 
-RAM_ID = "pc.ram"  #: also the idstr of the RAMBlock, so streams move between all kinds of RAM (hw/core/machine.c)
+RAM_ID = "pc.ram"  #: of RAM in one piece; on every machine, so that its hardware is the same
+OBJECTS = "/objects/"  #: the QOM path of user-created objects
+NODE_RAM = "ram-node{}"
+DIMM_RAM = "ram-dimm{}"
 DISK_NODE = "disk{}"  #: the block node a disk device is started with
 
 
@@ -37,13 +40,30 @@ class MappedRam:
 
 
 @frozen
+class TmpfsRam:
+    """A file in /dev/shm, shared. QEMU makes it and removes its name at once (file_ram_open, softmmu/physmem.c)."""
+
+
+@frozen
 class FilledRam:
     """A file descriptor that QEMU inherits, already holding the content: a memfd, in huge pages or not."""
 
     fd: int
 
 
-Ram = AnonymousRam | MemfdRam | MappedRam | FilledRam
+Ram = AnonymousRam | MemfdRam | TmpfsRam | MappedRam | FilledRam
+
+
+@frozen
+class MemoryBackend:
+    """A memory backend: its id and its RAMBlock's name are the same, so streams move between all kinds of RAM.
+
+    The name is the object's whole QOM path where the block was saved from an old machine type (hw_compat_3_1).
+    """
+
+    idstr: str
+    size_bytes: int
+    ram: Ram
 
 
 @frozen
@@ -51,23 +71,33 @@ class Backends:
     """What the host gives a VM: `directory` holds its sockets and logs, `disks` its newest layers, `taps` its NICs."""
 
     directory: str
-    ram: Ram
+    ram: tuple[MemoryBackend, ...]
     disks: tuple[str, ...]
     taps: tuple[str, ...]
     incoming: bool = False
+
+
+def plan_ram(vm: VM, ram: Ram) -> tuple[MemoryBackend, ...]:
+    """The guest's RAM, all of it made of `ram`."""
+    sizes = {NODE_RAM.format(node): size for node, size in enumerate(vm.numa)} or {RAM_ID: vm.memory_bytes}
+    sizes |= {DIMM_RAM.format(index): size for index, size in enumerate(vm.dimms)}
+    return tuple(MemoryBackend(idstr, size, ram) for idstr, size in sizes.items())
 
 
 def plan_hardware(vm: VM, accelerator: Accelerator) -> tuple[str, ...]:
     """The guest-visible half of the command line. `machine` may still be an alias such as `pc`."""
     cpu = vm.cpu or ("host" if accelerator is Accelerator.KVM else "")
     arguments = [
-        *("-machine", f"{vm.machine},memory-backend={RAM_ID}"),
-        *("-m", f"{vm.memory_bytes}B"),
+        *("-machine", vm.machine if vm.numa else f"{vm.machine},memory-backend={RAM_ID}"),
+        *("-m", f"{vm.memory_bytes}B" + (f",slots={len(vm.dimms)},maxmem={vm.ram_bytes}B" if vm.dimms else "")),
         *("-smp", str(vm.vcpus)),
+        *(word for node in range(len(vm.numa)) for word in ("-numa", f"node,memdev={NODE_RAM.format(node)}")),
         *(("-cpu", cpu) if cpu else ()),
         *("-nodefaults", "-no-user-config"),
         *("-serial", "chardev:console"),
     ]
+    for index in range(len(vm.dimms)):
+        arguments += ["-device", f"pc-dimm,memdev={DIMM_RAM.format(index)},id=dimm{index}"]
     for index, disk in enumerate(vm.disks):
         node = DISK_NODE.format(index)
         arguments += ["-device", f"{disk.interface},drive={node},id={node}-device"]
@@ -82,8 +112,8 @@ def plan_hardware(vm: VM, accelerator: Accelerator) -> tuple[str, ...]:
 
 def with_machine_type(hardware: tuple[str, ...], machine_type: str) -> tuple[str, ...]:
     """The same hardware with the alias replaced by the versioned machine type that QEMU made of it."""
-    options = hardware[1].partition(",")[2]
-    return (hardware[0], f"{machine_type},{options}", *hardware[2:])
+    _, comma, options = hardware[1].partition(",")
+    return (hardware[0], f"{machine_type}{comma}{options}", *hardware[2:])
 
 
 def plan_command(
@@ -99,7 +129,7 @@ def plan_command(
     return [
         *(vm.qemu, "-name", name, "-S", "-display", "none"),
         *("-accel", accelerator.value),
-        *("-object", _ram_object(backends.ram, vm.memory_bytes)),
+        *(word for block in backends.ram for word in ("-object", _ram_object(block))),
         *(word for chardev in sockets for word in ("-chardev", chardev)),
         *("-mon", "chardev=qmp,mode=control", "-mon", "chardev=monitor,mode=control"),
         *_disk_arguments(backends.disks),
@@ -137,13 +167,19 @@ def _network_arguments(taps: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _ram_object(ram: Ram, size_bytes: int) -> str:
-    common = {"id": RAM_ID, "size": size_bytes}
-    match ram:
+def _ram_object(block: MemoryBackend) -> str:
+    common = {
+        "id": block.idstr.removeprefix(OBJECTS),
+        "size": block.size_bytes,
+        "x-use-canonical-path-for-ramblock-id": block.idstr.startswith(OBJECTS),
+    }
+    match block.ram:
         case AnonymousRam():
             backend = {"qom-type": "memory-backend-ram", **common}
         case MemfdRam(hugetlb):
             backend = {"qom-type": "memory-backend-memfd", "hugetlb": hugetlb, "prealloc": hugetlb, **common}
+        case TmpfsRam():
+            backend = {"qom-type": "memory-backend-file", "mem-path": "/dev/shm", "share": True, **common}
         case MappedRam(path):
             backend = {"qom-type": "memory-backend-file", "mem-path": path, "share": False, **common}
         case FilledRam(fd):

@@ -11,7 +11,6 @@ import trio
 from attrs import frozen
 
 import qsnap
-from qsnap.rules.command import RAM_ID
 from testbed.guests import GuestConsole, kernel_append
 from testbed.state import GuestState, check_stamps, find_orphans, read_state
 
@@ -24,7 +23,11 @@ READY_S = 120.0
 
 
 def make_vne(name: str, *, qemu: str = QEMU_11, vms: int = 3, memory: int = MEMORY, **settings: Any) -> qsnap.VNE:
-    """A VNE of test guests on one network; `settings` are those of a VM, `guest` the guest's own options."""
+    """A VNE of test guests on one network.
+
+    `settings` are those of a VM; `guest` the guest's own options, `boot` more of the kernel's.
+    """
+    boot = settings.pop("boot", "")
     options = {"dirty_mb": 16, "rate_mb": 50, "udp": 200, "tcp": 1, **settings.pop("guest", {})}
     return qsnap.VNE(
         name,
@@ -35,7 +38,7 @@ def make_vne(name: str, *, qemu: str = QEMU_11, vms: int = 3, memory: int = MEMO
                 qemu=qemu,
                 kernel=str(GUEST / "vmlinuz"),
                 initrd=str(GUEST / "initrd"),
-                append=kernel_append(number, vms, **options),
+                append=f"{kernel_append(number, vms, **options)} {boot}",
                 nics=(qsnap.Nic("lan", f"52:54:00:00:00:{number:02x}"),),
                 accelerator=qsnap.Accelerator.TCG,
                 **settings,
@@ -80,15 +83,20 @@ class Verdict:
     wrong_stamps: int
 
 
+def ram_paths(snapshot: qsnap.Snapshot, place: qsnap.Place, vm: int) -> tuple[Path, ...]:
+    """The flat files of a VM's memory."""
+    return tuple(place.store / snapshot.vne.name / block.file.path for block in snapshot.vms[vm].ram)
+
+
 def ram_path(snapshot: qsnap.Snapshot, place: qsnap.Place, vm: int) -> Path:
-    """The flat file of a VM's main memory."""
-    block = next(block for block in snapshot.vms[vm].ram if block.idstr == RAM_ID)
-    return place.store / snapshot.vne.name / block.file.path
+    """The flat file of a VM whose memory is in one piece."""
+    (path,) = ram_paths(snapshot, place, vm)
+    return path
 
 
 def judge(snapshot: qsnap.Snapshot, place: qsnap.Place) -> Verdict:
     """Read the guests' states out of the stored RAM, and check them against each other and against themselves."""
-    paths = [ram_path(snapshot, place, vm) for vm in range(len(snapshot.vms))]
+    paths = [ram_paths(snapshot, place, vm) for vm in range(len(snapshot.vms))]
     states = tuple(read_state(path) for path in paths)
     reports = [check_stamps(path, state) for path, state in zip(paths, states, strict=True)]
     wrong = sum(not report.ok for report in reports)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
+from attrs import evolve
 
 from qsnap.model import VM, Accelerator, Disk, Nic
 from qsnap.rules.command import (
@@ -13,9 +15,12 @@ from qsnap.rules.command import (
     FilledRam,
     MappedRam,
     MemfdRam,
+    MemoryBackend,
     Ram,
+    TmpfsRam,
     plan_command,
     plan_hardware,
+    plan_ram,
     with_machine_type,
 )
 
@@ -28,7 +33,7 @@ VM_ = VM(
     nics=(Nic("lan", "52:54:00:00:00:01"),),
     extra=("-device", "VGA"),
 )
-BACKENDS = Backends("/run/q,snap/web", AnonymousRam(), ("/s/0.qcow2", "/s/1.qcow2"), ("tap0-0",))
+BACKENDS = Backends("/run/q,snap/web", plan_ram(VM_, AnonymousRam()), ("/s/0.qcow2", "/s/1.qcow2"), ("tap0-0",))
 
 
 def test_hardware_names_nothing_of_the_host() -> None:
@@ -40,7 +45,7 @@ def test_hardware_names_nothing_of_the_host() -> None:
 def test_the_same_hardware_whatever_the_host_gives() -> None:
     hardware = plan_hardware(VM_, Accelerator.TCG)
     one = plan_command(VM_, "lab/web", hardware, Accelerator.TCG, BACKENDS)
-    other = Backends("/elsewhere", MappedRam("/x"), ("/y", "/z"), ("tap5-0",), incoming=True)
+    other = Backends("/elsewhere", plan_ram(VM_, MappedRam("/x")), ("/y", "/z"), ("tap5-0",), incoming=True)
     two = plan_command(VM_, "lab/web", hardware, Accelerator.TCG, other)
     assert " ".join(hardware) in " ".join(one)
     assert " ".join(hardware) in " ".join(two)
@@ -52,6 +57,7 @@ def test_a_machine_alias_is_resolved() -> None:
     hardware = with_machine_type(plan_hardware(VM_, Accelerator.TCG), "pc-i440fx-7.2")
     assert hardware[:2] == ("-machine", "pc-i440fx-7.2,memory-backend=pc.ram")
     assert hardware[2:] == plan_hardware(VM_, Accelerator.TCG)[2:]
+    assert with_machine_type(("-machine", "pc", "-m"), "pc-q35-7.2") == ("-machine", "pc-q35-7.2", "-m")
 
 
 @pytest.mark.parametrize(
@@ -60,15 +66,35 @@ def test_a_machine_alias_is_resolved() -> None:
         (AnonymousRam(), {"qom-type": "memory-backend-ram"}),
         (MemfdRam(hugetlb=True), {"qom-type": "memory-backend-memfd", "hugetlb": True, "prealloc": True}),
         (MappedRam("/f,ile"), {"qom-type": "memory-backend-file", "mem-path": "/f,ile", "share": False}),
+        (TmpfsRam(), {"qom-type": "memory-backend-file", "mem-path": "/dev/shm", "share": True}),
         (FilledRam(7), {"qom-type": "memory-backend-file", "mem-path": "/proc/self/fd/7", "share": True}),
     ],
 )
 def test_ram(ram: Ram, expected: dict[str, object]) -> None:
-    backends = Backends("/run", ram, (), ())
-    command = plan_command(VM_, "lab/web", (), Accelerator.TCG, backends)
-    found = json.loads(command[command.index("-object") + 1])
+    (found,) = ram_objects(*plan_ram(VM_, ram))
     assert found | expected == found
     assert (found["id"], found["size"]) == ("pc.ram", 1 << 29)
+
+
+def ram_objects(*ram: MemoryBackend) -> list[dict[str, object]]:
+    command = plan_command(VM_, "lab/web", (), Accelerator.TCG, Backends("/run", ram, (), ()))
+    return [json.loads(after) for word, after in itertools.pairwise(command) if word == "-object"]
+
+
+def test_ram_in_pieces() -> None:
+    vm = evolve(VM_, numa=(1 << 28, 1 << 28), dimms=(1 << 27,))
+    hardware = " ".join(plan_hardware(vm, Accelerator.TCG))
+    assert hardware.startswith("-machine pc -m 536870912B,slots=1,maxmem=671088640B ")
+    for backend in ram_objects(*plan_ram(vm, AnonymousRam())):
+        assert f"memdev={backend['id']}" in hardware
+    assert sum(backend.size_bytes for backend in plan_ram(vm, AnonymousRam())) == vm.ram_bytes
+
+
+@pytest.mark.parametrize("idstr", ["mem0", "/objects/mem0"])
+def test_a_saved_block_keeps_its_name(idstr: str) -> None:
+    (found,) = ram_objects(MemoryBackend(idstr, 4096, MappedRam("/x")))
+    assert found["id"] == "mem0"
+    assert found["x-use-canonical-path-for-ramblock-id"] is (idstr != "mem0")
 
 
 def test_commas_in_a_path_are_no_new_option() -> None:

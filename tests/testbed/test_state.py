@@ -155,6 +155,15 @@ class TestState:
         assert judge.read_state(path) == judge.read_state(SOUND.ram()) == guest()
         assert judge.check_stamps(path, guest()).ok
 
+    def test_ram_in_several_files_is_one_image(self, tmp_path: Path) -> None:
+        middle = len(SOUND.ram()) // 2 // judge.PAGE_BYTES * judge.PAGE_BYTES
+        for index, part in enumerate((SOUND.ram()[:middle], SOUND.ram()[middle:])):
+            (tmp_path / str(index)).write_bytes(part)
+        paths = (tmp_path / "0", tmp_path / "1")
+        assert judge.read_state(paths) == guest()
+        assert judge.check_stamps(paths, guest()).ok
+        assert judge.check_stamps(paths[0], guest()).missing
+
     @pytest.mark.parametrize("ram", [b"", bytes(3 * judge.PAGE_BYTES), SOUND.ram()[8:]])
     def test_no_state_is_an_error(self, ram: bytes, tmp_path: Path) -> None:
         path = tmp_path / "ram"
