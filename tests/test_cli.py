@@ -229,6 +229,15 @@ def test_rm(run: Run, place: qsnap.Place) -> None:
     assert trio.run(Store(place.store).names) == ()
 
 
+def test_rm_that_fails_tells_what_is_gone(run: Run, place: qsnap.Place) -> None:
+    manifest = place.store / "lab/snapshots/s2/manifest.json"
+    manifest.write_bytes(manifest.read_bytes() + b" ")
+    code, out, err = run("rm", "lab", "s1")
+    assert (code, out) == (10, "")
+    assert err.endswith("  Removed: s1.\n")
+    assert trio.run(Store(place.store).names) == (("lab", "s2"),)
+
+
 def test_ps(run: Run, dead_lab: LiveVNE, place: qsnap.Place) -> None:
     _, out, _ = run("ps")
     header, row = out.splitlines()

@@ -198,7 +198,15 @@ def rm(settings: Settings, vne: str, names: tuple[str, ...]) -> Answer:
     for name in names:  # an unknown name is refused before anything is removed; a damaged snapshot is a known one
         with suppress(qsnap.IntegrityError):
             call(settings, qsnap.show, vne, name)
-    removed = {name: call(settings, qsnap.remove, vne, name) for name in dict.fromkeys(names)}
+    removed = {}
+    try:
+        for name in dict.fromkeys(names):
+            removed[name] = call(settings, qsnap.remove, vne, name)
+    except qsnap.QsnapError as error:
+        left = {name for _, name in trio.run(settings.place.snapshots().names, vne)}
+        gone = [name for name in dict.fromkeys(names) if name not in left]
+        error.add_note(f"Removed: {', '.join(gone) or 'none'}.")
+        raise
     return Answer(removed, tables.removed_text(vne, removed))
 
 
