@@ -177,7 +177,7 @@ class Capture(ABC):
             await self.daemon.wait_done()
         except QsnapError:
             info = await self.qmp.execute("query-migrate")
-            if info["status"] == "failed" and "error-desc" in info:
+            if info.get("status") == "failed" and "error-desc" in info:
                 raise self._migration_error("failed", info) from None
             raise
 
@@ -320,7 +320,7 @@ class Precopy(Capture):
 
     async def complete(self) -> Captured:
         receipt, info = await self._finish()
-        ram = info["ram"]
+        ram = info.get("ram", {"dirty-sync-count": 0, "page-size": 1})
         return self._captured(receipt, ram["dirty-sync-count"], ram.get("downtime-bytes", 0) // ram["page-size"])
 
 

@@ -9,13 +9,13 @@ from functools import partial
 import trio
 from attrs import evolve, frozen
 
-from qsnap.errors import HostError, StateError
+from qsnap.errors import HostError, QemuError, StateError
 from qsnap.host import hugepages
 from qsnap.host.bridges import check_networking
 from qsnap.host.journal import Kind, Operation
 from qsnap.host.place import Place, Progress, no_progress
 from qsnap.host.qemu import choose_accelerator
-from qsnap.host.qmp import QemuGoneError, open_loop, open_qmp
+from qsnap.host.qmp import open_loop, open_qmp
 from qsnap.host.recovery import exclusive, recover
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import DiskBase, Start, build_networks, describe, start_process
@@ -24,6 +24,7 @@ from qsnap.host.tasks import one_error, run_all
 from qsnap.model import VM, VNE, Accelerator, Backing, Colour
 from qsnap.rules.command import AnonymousRam, MemfdRam, Ram, TmpfsRam, plan_hardware, plan_ram
 
+STATUS_S = 3.0
 DEAD = "dead"  #: the state of a VM whose process has ended
 
 
@@ -167,9 +168,10 @@ async def _run_state(live: LiveVM, runtime: Runtime, vne: str) -> str:
     if not live.process.is_alive():
         return DEAD
     try:
-        async with open_qmp(runtime.monitor_path(vne, live.vm.name), vm=live.vm.name, timeout_s=3.0) as qmp:
+        path = runtime.monitor_path(vne, live.vm.name)
+        async with open_qmp(path, vm=live.vm.name, timeout_s=STATUS_S, answer_s=STATUS_S) as qmp:
             return str((await qmp.execute("query-status"))["status"])
-    except QemuGoneError:
+    except QemuError:
         return "not answering" if live.process.is_alive() else DEAD
 
 

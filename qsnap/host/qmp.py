@@ -15,15 +15,18 @@ from typing import Any
 import trio
 import trio_asyncio
 from attrs import frozen
-from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
 from qemu.qmp.protocol import StateError as QmpStateError
 
 from qsnap.errors import QemuError
+from qsnap.wire.qapi import ANSWERS, event_matches, matches
 
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it would log is raised here as well
 
 REFUSED_FOR_S = 1.0
 DISCONNECT_S = 2.0
+ANSWER_S = 60.0  #: a busy QEMU may be slow to answer; one that takes longer hangs
+EVENTS_LIMIT = 100_000  #: of one session; QEMU limits the rate of those that a guest can cause
 Command = tuple[str, Mapping[str, object]]
 
 
@@ -37,7 +40,7 @@ class QmpError(QemuError):
 
 
 class QemuGoneError(QemuError):
-    """The connection ended: QEMU exited, was killed, or closed its QMP socket."""
+    """The connection ended: QEMU exited, was killed, closed its QMP socket, or sent something that is not QMP."""
 
 
 @frozen
@@ -62,15 +65,20 @@ async def open_loop() -> AsyncIterator[None]:
 class Qmp:
     """A connected QMP session. Made by `open_qmp`."""
 
-    def __init__(self, client: QMPClient, vm: str) -> None:
+    def __init__(self, client: QMPClient, vm: str, answer_s: float) -> None:
         self.vm = vm
         self.events: list[QmpEvent] = []
         self._client = client
+        self._answer_s = answer_s
         self._changed = trio.Event()
         self._lost = False
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """Run one command and return its value. Raises QmpError, or QemuGoneError when QEMU ends meanwhile."""
+        """Run one command and return its value.
+
+        Raises QmpError, QemuGoneError when QEMU ends meanwhile, and QemuError when it does not answer, or not to the
+        point.
+        """
         (answer,) = await self.execute_all((command, arguments or {}))
         return answer
 
@@ -79,11 +87,17 @@ class Qmp:
 
         QEMU runs every command even if one before it fails; the first failure is raised when all have answered.
         """
-        answers: list[Any] = await trio_asyncio.aio_as_trio(self._gather)(commands)
+        with deadline(self._answer_s, " and ".join(command for command, _ in commands), self.vm):
+            answers: list[Any] = await trio_asyncio.aio_as_trio(self._gather)(commands)
         for (command, _), answer in zip(commands, answers, strict=True):
             if isinstance(answer, BaseException):
                 raise self._translated(command, answer) from answer
+            if command in ANSWERS and not matches(answer, ANSWERS[command]):
+                raise self._senseless(command)
         return answers
+
+    def _senseless(self, command: str) -> QemuError:
+        return QemuError(f"QEMU's answer to {command} makes no sense", where=f"VM {self.vm}")
 
     async def _gather(self, commands: tuple[Command, ...]) -> list[Any]:
         # asyncio starts tasks in the order they were made, so the commands leave in order
@@ -96,6 +110,8 @@ class Qmp:
                 return QmpError(command, str(error), vm=self.vm)
             case ExecInterruptedError() | QmpStateError() | OSError() | EOFError():
                 return QemuGoneError(f"QEMU ended during {command}", where=f"VM {self.vm}")
+            case QMPError():
+                return self._senseless(command)
         return error
 
     async def send_fd(self, name: str, fd: int) -> None:
@@ -122,11 +138,13 @@ class Qmp:
             await self._changed.wait()
 
     def _note(self, message: Mapping[str, Any]) -> bool:
+        if not event_matches(message) or len(self.events) == EVENTS_LIMIT:
+            raise QMPError("not an event, or one too many")  # ends the session
         stamp = message["timestamp"]
         instant_s = stamp["seconds"] + stamp["microseconds"] / 1e6
         self.events.append(QmpEvent(message["event"], message.get("data", {}), instant_s))
         self._wake()
-        return False  # noted here: nothing is to be queued in the listener
+        return False  # noted here: nothing is to be queued in the client
 
     def _wake(self) -> None:
         self._changed.set()
@@ -151,12 +169,14 @@ def deadline(seconds: float, step: str, vm: str) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def open_qmp(path: str, *, vm: str, timeout_s: float = 10.0) -> AsyncIterator[Qmp]:
-    """Connect to the QMP socket at `path`. A socket that does not answer in time raises QemuGoneError."""
+async def open_qmp(path: str, *, vm: str, timeout_s: float = 10.0, answer_s: float = ANSWER_S) -> AsyncIterator[Qmp]:
+    """Connect to the QMP socket at `path`. A socket that does not answer in time raises QemuGoneError.
+
+    `answer_s` bounds every later answer.
+    """
     client = QMPClient(vm)
-    qmp = Qmp(client, vm)
-    listener = EventListener(event_filter=qmp._note)
-    client.register_listener(listener)
+    qmp = Qmp(client, vm, answer_s)
+    client.events.event_filter = qmp._note
     try:
         with trio.fail_after(timeout_s):
             await _connect(client, path)

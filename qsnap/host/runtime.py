@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import cattrs
 from attrs import frozen
 from cattrs.preconf.json import make_converter
 
@@ -130,11 +128,15 @@ class Runtime:
         """The state of a VNE. Raises StateError if it was not brought up, HostError if the file is damaged."""
         path = self.directory(vne) / "vne.json"
         try:
-            return _converter.loads(path.read_bytes(), LiveVNE)
+            content = path.read_bytes()
         except FileNotFoundError as error:
             up = ", ".join(self.names()) or "none"
             raise StateError(f"VNE {vne} is not up", advice=f"Up are: {up}. See `qsnap ps`.") from error
-        except (json.JSONDecodeError, cattrs.BaseValidationError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise HostError(error.strerror or str(error), where=str(path), advice="Run qsnap as root.") from error
+        try:
+            return _converter.loads(content, LiveVNE)
+        except Exception as error:  # cattrs lets through nearly anything that a value of the wrong kind can raise
             raise HostError("this state file is damaged", where=str(path), advice=f"qsnap down {vne}") from error
 
     def save(self, live: LiveVNE) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from pathlib import Path
 
 from attrs import frozen
 
+from qsnap.errors import QemuError
 from qsnap.host.bridges import open_links
 from qsnap.host.disks import create_overlay
 from qsnap.host.netns import create_netns, netns_path, remove_netns
@@ -27,6 +29,8 @@ from qsnap.rules.command import (
     plan_command,
     with_machine_type,
 )
+
+_MACHINE_TYPE = re.compile(r"[A-Za-z0-9._-]+")  # it becomes a part of command lines
 
 
 @frozen
@@ -111,6 +115,8 @@ async def describe(qmp: Qmp, start: Start, process: Process, disks: tuple[LiveDi
         ("query-version", {}), ("qom-get", {"path": "/machine", "property": "type"})
     )
     numbers = version["qemu"]
+    if not (isinstance(machine, str) and _MACHINE_TYPE.fullmatch(machine)):
+        raise QemuError(f"QEMU says that its machine type is {machine!r:.80}", where=f"VM {start.vm.name}")
     machine_type = machine.removesuffix("-machine")
     return LiveVM(
         vm=start.vm,
