@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 
-import cattrs
 from attrs import define, field, frozen
 from cattrs.preconf.json import make_converter
 
@@ -72,17 +71,17 @@ class Journal:
     def read(self) -> Interrupted | None:
         """What was under way; None if nothing was. A line that its writer could not complete does not count."""
         try:
-            lines = self.path.read_text().splitlines(keepends=True)
+            lines = self.path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return None
         try:
-            entries = [json.loads(line) for line in lines if line.endswith("\n")]
+            entries = [json.loads(line) for line in lines if line.endswith(b"\n")]
             if not entries:
                 return None
             operation = _converter.structure(entries[0]["operation"], Operation)
             members = tuple(_converter.structure(entry["member"], Member) for entry in entries if "member" in entry)
             steps = [entry["step"] for entry in entries if "step" in entry]
-        except (ValueError, TypeError, KeyError, cattrs.BaseValidationError) as error:
+        except Exception as error:  # see Runtime.load
             advice = "Take the VNE down, which removes it: qsnap down VNE"
             raise HostError("this journal is damaged", where=str(self.path), advice=advice) from error
         return Interrupted(operation, members, steps[-1] if steps else "begin")

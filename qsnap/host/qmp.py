@@ -180,7 +180,7 @@ async def open_qmp(path: str, *, vm: str, timeout_s: float = 10.0, answer_s: flo
     try:
         with trio.fail_after(timeout_s):
             await _connect(client, path)
-    except (trio.TooSlowError, QMPError, OSError) as error:
+    except (trio.TooSlowError, QMPError, OSError, AssertionError) as error:  # it asserts that the session goes on
         raise QemuGoneError(f"QEMU does not answer on {path} ({error})", where=f"VM {vm}") from error
     watch = trio_asyncio.current_loop.get().create_task(qmp._watch())
     try:

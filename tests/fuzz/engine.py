@@ -18,7 +18,7 @@ LINEWISE = 0.2
 
 
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:
-    """Change bytes as libFuzzer thinks best; but where a line is JSON, mostly one of its values, or the line's place."""
+    """Change bytes as libFuzzer thinks best; but where a line is JSON, mostly its values or its place."""
     dice = random.Random(seed)
     lines = data.split(b"\n")
     number = dice.randrange(len(lines))

@@ -20,7 +20,7 @@ import trio
 
 from qsnap import Place
 from qsnap.errors import QsnapError
-from qsnap.host.capture import Background, Bounds, Capture, Precopy
+from qsnap.host.capture import Background, Bounds, Capture, Precopy, abandon
 from qsnap.host.daemon import Daemon
 from qsnap.host.disks import DiskCut, Overlay
 from qsnap.host.lifecycle import status
@@ -139,7 +139,7 @@ async def capture(qmp: Qmp, kind: Callable[..., Capture], **options: object) -> 
         await taken.stop_and_resume()
         await taken.complete()
     except QsnapError:
-        await taken.abort()
+        await abandon(qmp, running=True)
 
 
 Conversation = Callable[[Place, str], Awaitable[None]]
