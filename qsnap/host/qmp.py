@@ -181,14 +181,19 @@ async def open_qmp(path: str, *, vm: str, timeout_s: float = 10.0, answer_s: flo
         with trio.fail_after(timeout_s):
             await _connect(client, path)
     except (trio.TooSlowError, QMPError, OSError, AssertionError) as error:  # it asserts that the session goes on
+        await _disconnect(client)
         raise QemuGoneError(f"QEMU does not answer on {path} ({error})", where=f"VM {vm}") from error
     watch = trio_asyncio.current_loop.get().create_task(qmp._watch())
     try:
         yield qmp
     finally:
         watch.cancel()
-        with trio.move_on_after(DISCONNECT_S, shield=True), suppress(Exception):  # QEMU may hang, or be gone
-            await trio_asyncio.aio_as_trio(client.disconnect)()
+        await _disconnect(client)
+
+
+async def _disconnect(client: QMPClient) -> None:
+    with trio.move_on_after(DISCONNECT_S, shield=True), suppress(Exception):  # QEMU may hang, or be gone
+        await trio_asyncio.aio_as_trio(client.disconnect)()
 
 
 async def _connect(client: QMPClient, path: str) -> None:

@@ -27,6 +27,7 @@ EVENT_DATA: Mapping[str, Shape] = {
 _RAM: Shape = {"dirty-sync-count": NATURAL, "page-size": POSITIVE, "*downtime-bytes": NATURAL}
 ANSWERS: Mapping[str, Shape] = {
     "query-block": [{"*inserted": {"*node-name": str}}],
+    "query-memdev": [{"id": str, "size": NATURAL}],
     "query-migrate": {"*status": str, "*error-desc": str, "*blocked-reasons": [str], "*ram": _RAM},
     "query-named-block-nodes": [{"node-name": str}],
     "query-status": {"status": str},

@@ -31,7 +31,6 @@ from qsnap.host.saving import gather_facts
 from qsnap.host.starting import Start, describe
 from qsnap.host.tasks import one_error
 from qsnap.model import VM, VNE, Accelerator, Colour
-from qsnap.rules.command import AnonymousRam
 
 DEADLINE_S = 20.0
 ANSWER_S = 5.0
@@ -115,7 +114,7 @@ async def ask_status(place: Place, path: str) -> None:
 
 
 async def learn(qmp: Qmp) -> None:
-    await describe(qmp, Start(ALICE, 0, ("-machine", "pc"), Accelerator.TCG, AnonymousRam(), ()), OURSELVES, ())
+    await describe(qmp, Start(ALICE, 0, ("-machine", "pc"), Accelerator.TCG, (), ()), OURSELVES, ())
     await gather_facts(qmp, LIVE, waits=False)
 
 
