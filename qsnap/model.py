@@ -46,6 +46,7 @@ class Engine(Enum):
     AUTO = "auto"
     BACKGROUND = "background"  #: capability background-snapshot: userfaultfd write protection
     PRECOPY = "precopy"  #: precopy migration into a receiver that keeps the newest copy of each page
+    RECORD = "record"  #: precopy migration kept as it comes, and replayed to restore; never taken by AUTO
 
 
 class Cut(Enum):
@@ -180,7 +181,8 @@ class VMSnapshot:
     """One VM inside a snapshot.
 
     `hardware` is the part of QEMU's command line that the guest can see, recorded so that the very same machine
-    is built at restore whatever qsnap's defaults have become.
+    is built at restore whatever qsnap's defaults have become. Without `ram`, `device_stream` is the whole of a
+    recorded migration stream.
     """
 
     vm: VM
@@ -195,6 +197,11 @@ class VMSnapshot:
     disks: tuple[DiskImage, ...]
     was_running: bool
     measurements: Measurements
+
+    @property
+    def recorded(self) -> bool:
+        """Whether all of its state is in one stream, as engine `record` leaves it until it is converted."""
+        return not self.ram
 
 
 @frozen

@@ -178,7 +178,7 @@ def _vm_snapshot(draw: st.DrawFn, vm: VM) -> VMSnapshot:
     layers = st.lists(STORED_FILES, max_size=3).map(tuple)
     return VMSnapshot(
         vm=vm,
-        engine=draw(st.sampled_from(Engine)),
+        engine=draw(st.sampled_from(Engine)) if blocks else Engine.RECORD,
         reason=draw(TEXTS),
         accelerator=draw(st.sampled_from(Accelerator)),
         qemu_version=draw(st.tuples(*[st.integers(0, 99)] * 3)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import trio
 from attrs import define, field, frozen
 
-from qsnap.errors import QemuError, QsnapError
+from qsnap.errors import HostError, QemuError, QsnapError
 from qsnap.host.daemon import Daemon
 from qsnap.host.disks import DiskCut
 from qsnap.host.qmp import Qmp, QmpError, deadline
@@ -65,8 +65,8 @@ class Captured:
 
     def measurements(self, directory: Path) -> Measurements:
         """The figures kept with the snapshot; `directory` holds the VM's RAM and device state."""
-        ram_bytes = sum(block["used_length"] for block in self.receipt["blocks"])
-        image_bytes = sum(path.stat().st_blocks * 512 for path in directory.iterdir())
+        ram_bytes = self.receipt["ram_bytes"]
+        image_bytes = allocated_bytes(directory.iterdir())
         return Measurements(
             total_ms=self.total_ms,
             iterations=self.iterations,
@@ -78,6 +78,11 @@ class Captured:
             image_to_memory=image_bytes / ram_bytes,
             start_instant_s=self.start_instant_s,
         )
+
+
+def allocated_bytes(paths: Iterable[Path]) -> int:
+    """What files take on disk."""
+    return sum(path.stat().st_blocks * 512 for path in paths)
 
 
 @define
@@ -175,6 +180,8 @@ class Capture(ABC):
         """Raise what the daemon fails with; a migration that failed first or a QEMU that died is a better reason."""
         try:
             await self.daemon.wait_done()
+        except HostError:  # its own trouble: it breaks the pipe, and QEMU's complaint about that says less
+            raise
         except QsnapError:
             info = await self.qmp.execute("query-migrate")
             if info.get("status") == "failed" and "error-desc" in info:
@@ -322,6 +329,13 @@ class Precopy(Capture):
         receipt, info = await self._finish()
         ram = info.get("ram", {"dirty-sync-count": 0, "page-size": 1})
         return self._captured(receipt, ram["dirty-sync-count"], ram.get("downtime-bytes", 0) // ram["page-size"])
+
+
+@define
+class Record(Precopy):
+    """A precopy whose stream the daemon keeps as it comes."""
+
+    engine = Engine.RECORD
 
 
 async def set_capabilities(qmp: Qmp, wanted: frozenset[str]) -> None:

@@ -22,9 +22,9 @@ DISCARD_BYTES = 1 << 20
 
 @define
 class Daemon:
-    """A running receiver. Made by `open_daemon`; `stream_fd` is the end that QEMU writes to."""
+    """A running receiver. Made by `open_daemon` and `open_converter`."""
 
-    vm: str
+    where: str  #: the VM or the file that its stream comes from
     process: trio.Process
     status: trio.SocketStream
     on_bytes: Callable[[int], None]
@@ -82,7 +82,7 @@ class Daemon:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # it died, or is no longer needed: the same as an end without a result
         if not self.result and self.failure is None:
-            self.failure = QemuError("the receiver ended before the stream did", where=f"VM {self.vm}")
+            self.failure = QemuError("the receiver ended before the stream did", where=self.where)
         for event in (self.ready, self.tracking, self.ended):
             event.set()
         if self.failure is not None:
@@ -99,17 +99,17 @@ class Daemon:
             case "done":
                 self.result = message
             case "error":
-                self.failure = _failure(message, self.vm)
+                self.failure = _failure(message, self.where)
 
 
-def _failure(message: dict[str, Any], vm: str) -> QsnapError:
-    text, where = message["message"], f"VM {vm}"
+def _failure(message: dict[str, Any], where: str) -> QsnapError:
+    text = message["message"]
     match message["kind"]:
         case "stream":
             return StreamError(text, stream_offset=message["stream_offset"], where=where)
         case "space":
             return HostError(f"the store is full: {text}", where=where, advice="Remove snapshots: qsnap rm VNE NAME")
-    return HostError(text, where=where)
+    return HostError(text, where=where, advice=message.get("advice", ""))
 
 
 @asynccontextmanager
@@ -123,37 +123,73 @@ async def open_daemon(
     keeps_reading: bool,
     heir: Sequence[str],
     on_bytes: Callable[[int], None],
+    record_limit_bytes: int | None = None,
 ) -> AsyncIterator[tuple[Daemon, int]]:
     """Start a receiver for one VM that writes into `directory`, and yield it with the descriptor for QEMU.
 
     The caller closes its copy of that descriptor once QEMU has it. With `keeps_reading` the stream never breaks,
-    whatever becomes of the receiver and of qsnap. Should qsnap die, the receiver starts the command `heir`. The
-    process is gone when this ends.
+    whatever becomes of the receiver and of qsnap. Should qsnap die, the receiver starts the command `heir`. With
+    `record_limit_bytes` the stream is kept as it comes, up to that size. The process is gone when this ends.
     """
-    ours, theirs = socket.socketpair()
     stream_in, stream_out = os.pipe()
-    options = [word for idstr in backed for word in ("--backed", idstr)]
-    command = [
-        *(sys.executable, "-m", "qsnap.host.receiver"),
-        *("--stream", str(stream_in), "--status", str(theirs.fileno()), "--directory", str(directory)),
-        *("--ram-limit", str(ram_limit_bytes), *options),
+    options = [
+        *_options(directory, backed, ram_limit_bytes),
         *(("--keep-reading",) if keeps_reading else ()),
         *("--heir", json.dumps(heir)),
+        *(("--record-limit", str(record_limit_bytes)) if record_limit_bytes is not None else ()),
     ]
+    async with _start(nursery, stream_in, options, f"VM {vm}", on_bytes, keeps_reading) as daemon:
+        yield daemon, stream_out
+
+
+@asynccontextmanager
+async def open_converter(
+    nursery: trio.Nursery,
+    directory: Path,
+    stream: Path,
+    *,
+    backed: tuple[str, ...],
+    ram_limit_bytes: int,
+    on_bytes: Callable[[int], None],
+) -> AsyncIterator[Daemon]:
+    """Start a receiver that reads a recorded stream, and writes into `directory`. It is gone when this ends."""
+    options = _options(directory, backed, ram_limit_bytes)
+    stream_in = os.open(stream, os.O_RDONLY | os.O_CLOEXEC)
+    async with _start(nursery, stream_in, options, str(stream), on_bytes, keeps_reading=False) as daemon:
+        yield daemon
+
+
+def _options(directory: Path, backed: tuple[str, ...], ram_limit_bytes: int) -> list[str]:
+    blocks = [word for idstr in backed for word in ("--backed", idstr)]
+    return ["--directory", str(directory), "--ram-limit", str(ram_limit_bytes), *blocks]
+
+
+@asynccontextmanager
+async def _start(
+    nursery: trio.Nursery,
+    stream_in: int,
+    options: list[str],
+    where: str,
+    on_bytes: Callable[[int], None],
+    keeps_reading: bool,
+) -> AsyncIterator[Daemon]:
+    """The process, which takes over `stream_in`."""
+    ours, theirs = socket.socketpair()
     fds = (stream_in, theirs.fileno())
+    command = [sys.executable, "-m", "qsnap.host.receiver", "--stream", str(stream_in), "--status", str(fds[1])]
     try:
         # in a session of its own: Ctrl-C is for qsnap to deal with, which ends this process in due course
         process = await trio.lowlevel.open_process(
-            command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
+            [*command, *options], pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
         )
     finally:
         theirs.close()
         spare_fd = os.dup(stream_in) if keeps_reading else None  # one open pipe: both see what the other leaves
         os.close(stream_in)
-    daemon = Daemon(vm, process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)), on_bytes, spare_fd)
+    daemon = Daemon(where, process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)), on_bytes, spare_fd)
     nursery.start_soon(daemon.listen)
     try:
-        yield daemon, stream_out
+        yield daemon
     finally:
         process.kill()
         with trio.CancelScope(shield=True):

@@ -74,7 +74,7 @@ async def _bring_up(live: LiveVNE, runtime: Runtime, progress: Progress) -> None
     asked = sum(hugepages.pages_for(vm.ram_bytes) for vm in live.vne.vms if vm.backing is Backing.HUGETLB)
     if asked:
         runtime.huge_pages().reserve(live.vne.name, asked)
-    rams = _choose_rams(live.vne.vms, hugepages.free_pages() - asked)
+    rams = choose_rams(live.vne.vms, hugepages.free_pages() - asked)
     await build_networks(live)
     starts = [
         Start(
@@ -112,7 +112,7 @@ async def set_going(live: LiveVNE, runtime: Runtime) -> None:
         await run_all([partial(qmp.execute, "cont") for qmp in sessions])
 
 
-def _choose_rams(vms: Sequence[VM], free: int) -> list[Ram]:
+def choose_rams(vms: Sequence[VM], free: int) -> list[Ram]:
     """RAM for each VM; `free` huge pages are for those that did not ask for them."""
     rams: list[Ram] = []
     for vm in vms:

@@ -7,6 +7,8 @@ It is a process of its own because it is CPU-bound, and synchronous because it d
 and exchanges JSON lines over the status descriptor. From the receiver: `ready`, `tracking` (the first RAM record
 has come, so the source's state is captured), `progress`, and at last `done` or `error`. The parent sends nothing.
 
+With `--record-limit BYTES` the stream goes into one file as it is, and nothing is made of it.
+
 It ends with the stream, when the parent closes its end of the status descriptor, or at SIGTERM. It leaves the
 files of a failed attempt behind: the parent removes the directory, or its heir does, which is started if it dies.
 """
@@ -29,6 +31,7 @@ from typing import Any
 
 from qsnap.errors import HostError, StreamError
 from qsnap.host.flatfile import FlatFile
+from qsnap.host.recording import check_ends, record
 from qsnap.wire import encode
 from qsnap.wire.events import (
     Command,
@@ -49,6 +52,7 @@ _DISCARD_BYTES = 1 << 20
 _STATUS_LINE_LIMIT = 4096
 #: Device state of ordinary machines is below 1 MB; some display and assigned devices keep their memory in it.
 _TAIL_LIMIT_BYTES = 1 << 30
+RECORDED = "migration.stream"  #: the file of a stream kept as it came
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -72,7 +76,7 @@ class Snapshot:
 
     def _open_unlinked(self, name: str) -> int:
         path = os.path.join(self._directory, f".{name}.part")
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = _create(path)
         os.unlink(path)
         return fd
 
@@ -108,14 +112,16 @@ class Snapshot:
 
     def finish(self) -> dict[str, Any]:
         """Write the device stream; what the parent is told about the snapshot."""
+        blocks = [self._describe(flat) for flat in self._files.values() if flat.block.idstr in self._backed]
         path = os.path.join(self._directory, "device.stream")
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = _create(path)
         for piece in self._encode_head():
             _append(fd, memoryview(piece))
         self._copy_tail(fd)
         os.close(fd)
         return {
-            "blocks": [self._describe(flat) for flat in self._files.values() if flat.block.idstr in self._backed],
+            "blocks": blocks,
+            "ram_bytes": sum(block["used_length"] for block in blocks),
             "device_stream": path,
             "machine": self._configuration.machine,
             "stream_bytes": self.stream_bytes,
@@ -160,6 +166,10 @@ def _safe(character: str, *, first: bool) -> str:
     return f"%{ord(character):02x}"
 
 
+def _create(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+
 def _append(fd: int, data: memoryview) -> None:
     while data:
         data = data[os.write(fd, data) :]
@@ -189,19 +199,32 @@ class Status:
             self.send("progress", bytes=stream_bytes)
 
 
+class Inlet:
+    """The stream's descriptor, which is read for as long as there is a parent."""
+
+    def __init__(self, fd: int, status: Status) -> None:
+        self.fd = fd
+        self._status_fd = status.fd
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
+        self._poll.register(status.fd, select.POLLIN)
+
+    def wait(self) -> None:
+        """Until the stream has something; raises ParentGoneError when nobody is left to read it for."""
+        if any(fd == self._status_fd for fd, _ in self._poll.poll()):
+            raise ParentGoneError
+
+
 class Receiver:
     """Reads the stream, applies it to the snapshot, and answers both sides."""
 
-    def __init__(self, stream_fd: int, status: Status, snapshot: Snapshot, reader: StreamReader) -> None:
-        self._stream_fd = stream_fd
+    def __init__(self, inlet: Inlet, status: Status, snapshot: Snapshot, reader: StreamReader) -> None:
+        self._inlet = inlet
         self._status = status
         self._snapshot = snapshot
         self._reader = reader
         self._received_bytes = 0
         self._tracking = False
-        self._poll = select.poll()
-        self._poll.register(stream_fd, select.POLLIN)
-        self._poll.register(status.fd, select.POLLIN)
 
     def run(self) -> None:
         """Until the stream's end."""
@@ -217,16 +240,11 @@ class Receiver:
             self._snapshot.apply(event)
 
     def _receive_more(self) -> None:
-        self._wait()
-        count = os.readv(self._stream_fd, [self._reader.get_buffer()])
+        self._inlet.wait()
+        count = os.readv(self._inlet.fd, [self._reader.get_buffer()])
         self._reader.buffer_updated(count)
         self._received_bytes += count
         self._status.send_progress(self._received_bytes)
-
-    def _wait(self) -> None:
-        """Until the stream has something; raises ParentGoneError when nobody is left to read it for."""
-        if any(fd == self._status.fd for fd, _ in self._poll.poll()):
-            raise ParentGoneError
 
 
 def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -238,6 +256,7 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ram-limit", type=int, required=True, metavar="BYTES", help="of all RAMBlocks together")
     parser.add_argument("--tail-limit", type=int, default=_TAIL_LIMIT_BYTES, metavar="BYTES")
     parser.add_argument("--target-page-size", type=int, default=4096, metavar="BYTES")
+    parser.add_argument("--record-limit", type=int, metavar="BYTES", help="keep the stream as it is, up to this size")
     parser.add_argument("--keep-reading", action="store_true", help="read the stream to its end if the parent dies")
     parser.add_argument("--heir", type=json.loads, default=[], metavar="JSON", help="what to start if the parent dies")
     return parser.parse_args(arguments)
@@ -269,23 +288,47 @@ def _read_to_end(stream_fd: int) -> None:
 
 
 def _receive(options: argparse.Namespace, status: Status) -> int:
-    reader_limits = {"ram_limit_bytes": options.ram_limit, "tail_limit_bytes": options.tail_limit}
-    reader = StreamReader(**reader_limits, target_page_size=options.target_page_size)
     try:
-        snapshot = Snapshot(options.directory, options.backed)
         _widen(options.stream)
-        status.send("ready")
-        Receiver(options.stream, status, snapshot, reader).run()
-        status.send("done", **snapshot.finish())
+        inlet = Inlet(options.stream, status)
+        if options.record_limit is None:
+            _keep_newest(options, inlet, status)
+        else:
+            _keep_all(options, inlet, status)
     except StreamError as error:
         text = " ".join(filter(None, [error.message, error.advice]))
         status.send("error", kind="stream", message=text, stream_offset=error.stream_offset)
         return StreamError.exit_code
+    except HostError as error:
+        status.send("error", kind="limit", message=error.message, advice=error.advice)
+        return HostError.exit_code
     except OSError as error:
         kind = "space" if error.errno in _NO_SPACE else "os"
-        status.send("error", kind=kind, message=str(error), stream_offset=reader.stream_offset)
+        status.send("error", kind=kind, message=str(error))
         return HostError.exit_code
     return 0
+
+
+def _keep_newest(options: argparse.Namespace, inlet: Inlet, status: Status) -> None:
+    """The newest copy of each page, in flat files, and a device stream."""
+    limits = {"ram_limit_bytes": options.ram_limit, "tail_limit_bytes": options.tail_limit}
+    reader = StreamReader(**limits, target_page_size=options.target_page_size)
+    snapshot = Snapshot(options.directory, options.backed)
+    status.send("ready")
+    Receiver(inlet, status, snapshot, reader).run()
+    status.send("done", **snapshot.finish())
+
+
+def _keep_all(options: argparse.Namespace, inlet: Inlet, status: Status) -> None:
+    """The stream as it comes, in one file."""
+    path = os.path.join(options.directory, RECORDED)
+    fd = _create(path)
+    status.send("ready")
+    size = record(inlet.fd, fd, options.record_limit, inlet.wait, status.send_progress)
+    configuration, ram = check_ends(fd, size, options.ram_limit, options.target_page_size)
+    ram_bytes = sum(block.used_length for block in ram.blocks if block.idstr in options.backed)
+    sizes = {"ram_bytes": ram_bytes, "stream_bytes": size}
+    status.send("done", blocks=[], device_stream=path, machine=configuration.machine, **sizes)
 
 
 def _widen(stream_fd: int) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from qsnap.errors import HostError, IntegrityError, QemuError, StateError
 from qsnap.host import hugepages
 from qsnap.host.bridges import check_networking
 from qsnap.host.journal import Kind, Operation
+from qsnap.host.lifecycle import choose_rams
 from qsnap.host.place import Place, Progress, no_progress
 from qsnap.host.qemu import kvm_works, last_words, program_version, wait_ended
 from qsnap.host.qmp import Qmp, open_qmp
@@ -26,12 +26,13 @@ from qsnap.host.starting import DiskBase, Start, build_networks, describe, start
 from qsnap.host.store import Store
 from qsnap.host.takedown import take_down
 from qsnap.host.tasks import run_all
-from qsnap.model import Accelerator, Colour, DiskImage, RamMode, Snapshot, StoredFile, VMSnapshot, version_text
-from qsnap.rules.command import FilledRam, MappedRam, MemoryBackend
+from qsnap.model import Accelerator, Backing, Colour, DiskImage, RamMode, Snapshot, StoredFile, VMSnapshot, version_text
+from qsnap.rules.command import FilledRam, MappedRam, MemfdRam, MemoryBackend, Ram, plan_ram
 from qsnap.rules.engine import Version, precopy_is_safe
 
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}  #: ms; as QEMU does after a migration
-LOAD_TIMEOUT_S = 120.0
+STANDSTILL_S = 120.0  #: QEMU may take its time for a long stream, but not for a piece of it
+PIECE_BYTES = 1 << 20
 DYING_S = 0.3
 
 
@@ -56,8 +57,8 @@ async def restore(
 ) -> RestoreReport:
     """Start the VNE again as it was when `name` was saved. `qemu` replaces the program the snapshot names.
 
-    With `paused` the VMs are loaded and not let run. Raises StateError while the VNE runs, IntegrityError naming
-    the first altered file; whatever fails, nothing stays behind.
+    With `paused` the VMs are loaded and not let run. Raises StateError while the VNE runs, and where a recorded
+    stream is to be mapped; IntegrityError naming the first altered file. Whatever fails, nothing stays behind.
     """
     started_s = trio.current_time()
     check_networking()
@@ -65,7 +66,7 @@ async def restore(
     runtime = place.runtime()
     async with exclusive(runtime, vne) as journal:
         store = place.snapshots()
-        await store.load(vne, name)  # an unknown name is refused before anything is cleared away
+        _check_mode(ram, await store.load(vne, name))  # refused before anything is cleared away, as an unknown name is
         await _refuse_running(vne, runtime)
         journal.begin(Operation(Kind.RESTORE, name))
         await take_down(vne, runtime)  # what is left of a VNE that died
@@ -74,6 +75,15 @@ async def restore(
         restoring = _Restoring(saved, store, runtime, ram, qemu, progress)
         await restoring.run(paused)
     return RestoreReport(saved, (trio.current_time() - started_s) * 1e3, restoring.how)
+
+
+def _check_mode(mode: RamMode, saved: Snapshot) -> None:
+    if mode is RamMode.MAP and any(vm.recorded for vm in saved.vms):
+        raise StateError(
+            f"snapshot {saved.name} is a recorded stream, which cannot be mapped",
+            where=f"VNE {saved.vne.name}",
+            advice=f"Convert it first: qsnap convert {saved.vne.name} {saved.name}",
+        )
 
 
 async def _refuse_running(vne: str, runtime: Runtime) -> None:
@@ -116,6 +126,7 @@ class _Restoring:
     progress: Progress
     version: Version | None = None  # of the program that replaces the saved one
     how: dict[str, str] = field(factory=dict)
+    rams: dict[str, Ram] = field(factory=dict)  # of the VMs whose stream holds it all
     sessions: AsyncExitStack = field(factory=AsyncExitStack)
 
     async def run(self, paused: bool) -> None:
@@ -126,6 +137,7 @@ class _Restoring:
         if self.qemu:
             self.version = await program_version(self.qemu)
         await build_networks(live)
+        self.rams = _empty_rams(self.saved)
         async with self.sessions:
             calls = [partial(self._load, live, index, vm) for index, vm in enumerate(self.saved.vms)]
             loaded = await run_all(calls)
@@ -160,7 +172,7 @@ class _Restoring:
         await self.sessions.enter_async_context(await trio.open_unix_socket(console))
         described = await describe(qmp, start, process, layers)
         try:
-            await feed(qmp, self._stored(saved.device_stream))
+            await feed(qmp, self._stored(saved.device_stream), partial(self.progress, "load", vm.name))
         except QemuError as error:
             log = self.runtime.vm_directory(live.vne.name, vm.name) / "qemu.log"
             raise QemuError(
@@ -168,7 +180,6 @@ class _Restoring:
                 where=f"VM {vm.name}",
                 advice=f"It was saved by QEMU {version_text(saved.qemu_version)}; that one or a newer one is needed.",
             ) from error
-        self.progress("load", vm.name, 1, 1)
         return described, qmp
 
     def _stored(self, file: StoredFile) -> Path:
@@ -178,6 +189,8 @@ class _Restoring:
         return DiskBase(disk.base, disk.base_format, tuple(str(self._stored(layer)) for layer in disk.layers))
 
     async def _provide_ram(self, saved: VMSnapshot, fds: ExitStack) -> tuple[MemoryBackend, ...]:
+        if saved.recorded:
+            return self._provide_empty_ram(saved)
         directory = self._stored(saved.device_stream).parent
         eager, why = choose_ram(self.mode, saved.accelerator, self.version or saved.qemu_version, directory)
         self.how[saved.vm.name] = why
@@ -188,16 +201,42 @@ class _Restoring:
             provided.append(MemoryBackend(block.idstr, size, ram))
         return tuple(provided)
 
+    def _provide_empty_ram(self, saved: VMSnapshot) -> tuple[MemoryBackend, ...]:
+        ram = self.rams[saved.vm.name]
+        huge = isinstance(ram, MemfdRam) and ram.hugetlb
+        self.how[saved.vm.name] = f"the whole stream replayed{' into huge pages' if huge else ''}"
+        return plan_ram(saved.vm, ram)
 
-async def feed(qmp: Qmp, stream: Path) -> None:
-    """Load a device stream into a QEMU that waits for one, and wait until it has taken all of it."""
+
+def _empty_rams(saved: Snapshot) -> dict[str, Ram]:
+    """RAM to be filled by a recorded stream: in huge pages as far as enough of them are free."""
+    vms = [evolve(vm.vm, backing=Backing.AUTO) for vm in saved.vms if vm.recorded]
+    rams = choose_rams(vms, hugepages.free_pages())
+    return {vm.name: ram for vm, ram in zip(vms, rams, strict=True)}
+
+
+async def feed(qmp: Qmp, stream: Path, on_bytes: Callable[[int, int], None]) -> None:
+    """Load a stream into a QEMU that waits for one, and wait until it has taken all of it.
+
+    `on_bytes` is told how many bytes of how many have been read.
+    """
     inlet, outlet = os.pipe()
     try:
         await qmp.send_fd("qsnap-device-stream", inlet)
     finally:
         os.close(inlet)
-    with trio.fail_after(LOAD_TIMEOUT_S):
-        await run_all([partial(_load_stream, qmp), partial(trio.to_thread.run_sync, _pour, stream, outlet)])
+    size = stream.stat().st_size
+    with trio.move_on_after(STANDSTILL_S) as scope:
+
+        def report(done: int) -> None:
+            scope.deadline = trio.current_time() + STANDSTILL_S
+            on_bytes(done, size)
+
+        # abandoned if cancelled: it then waits for a QEMU that does not read, and ends with it
+        pour = partial(trio.to_thread.run_sync, _pour, stream, outlet, report, abandon_on_cancel=True)
+        await run_all([partial(_load_stream, qmp), pour])
+    if scope.cancelled_caught:
+        raise QemuError(f"QEMU took nothing of its state for {STANDSTILL_S:.0f} s", where=f"VM {qmp.vm}")
 
 
 async def _load_stream(qmp: Qmp) -> None:
@@ -212,9 +251,11 @@ async def _load_stream(qmp: Qmp) -> None:
         raise QemuError("the incoming migration failed", where=f"VM {qmp.vm}")
 
 
-def _pour(stream: Path, outlet: int) -> None:
+def _pour(stream: Path, outlet: int, report: Callable[[int], None]) -> None:
     with stream.open("rb") as source, open(outlet, "wb", buffering=0) as sink, suppress(BrokenPipeError):
-        shutil.copyfileobj(source, sink, 1 << 20)
+        while piece := source.read(PIECE_BYTES):
+            sink.write(piece)
+            trio.from_thread.run_sync(report, source.tell())
 
 
 async def run_on(qmp: Qmp) -> None:

@@ -20,6 +20,7 @@ from qsnap.host.capture import (
     Capture,
     DivergedError,
     Precopy,
+    Record,
     abandon,
     probe_background,
     probe_migration,
@@ -41,6 +42,7 @@ from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine,
 from qsnap.rules.manifest import files_in
 
 DEVICE_RAM_BYTES = 2 << 30  #: allowed for in a stream beside the guest's memory: video RAM, ROMs, tables
+RECORD_LIMIT = 4  #: times the guest's memory, beside the above, is what a recorded stream may grow to
 
 
 async def snapshot(
@@ -173,7 +175,8 @@ class _Saving:
                 keeps_reading=keeps_reading,
                 heir=recovery_command(self.runtime, self.live.vne.name),
                 ram_limit_bytes=ram_bytes + DEVICE_RAM_BYTES,
-                on_bytes=lambda done: self.progress("save", vm.vm.name, done, ram_bytes),
+                on_bytes=lambda done: self.progress("save", vm.vm.name, done, max(done, ram_bytes)),
+                record_limit_bytes=record_limit(ram_bytes) if engine is Engine.RECORD else None,
             )
         )
         if keeps_reading:
@@ -182,7 +185,9 @@ class _Saving:
         await self.links.warm_up(moves)
         move_taps = partial(self.links.apply, moves)
         capture: Capture
-        if engine is Engine.PRECOPY:
+        if engine is Engine.RECORD:
+            capture = Record(qmp, daemon, disks, facts.running, move_taps, force=True)
+        elif engine is Engine.PRECOPY:
             force = self.wish is Engine.PRECOPY or bool(facts.background_refusal)
             capture = Precopy(qmp, daemon, disks, facts.running, move_taps, force=force)
         else:
@@ -285,6 +290,11 @@ class _Saving:
             with suppress(IntegrityError):  # a damaged snapshot vouches for nothing, and stops no other
                 known |= {file.path: file for file in files_in(await self.store.load(vne, name))}
         return known
+
+
+def record_limit(ram_bytes: int) -> int:
+    """The most bytes that the recorded stream of a VM may have: a page may be in it many times."""
+    return RECORD_LIMIT * ram_bytes + DEVICE_RAM_BYTES
 
 
 async def gather_facts(qmp: Qmp, vm: LiveVM, *, waits: bool) -> Facts:

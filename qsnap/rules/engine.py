@@ -67,9 +67,9 @@ def choose_engine(wish: Engine, facts: Facts) -> Decision:
     if wish is Engine.BACKGROUND:
         _check_background(facts)
         return Decision(Engine.BACKGROUND, "asked for")
-    if wish is Engine.PRECOPY:
+    if wish in (Engine.PRECOPY, Engine.RECORD):
         _check_precopy(facts)
-        return Decision(Engine.PRECOPY, "asked for")
+        return Decision(wish, "asked for")
     return _choose(facts)
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from cattrs import Converter, transform_error
 
 from qsnap.errors import IntegrityError
-from qsnap.model import Snapshot, StoredFile
+from qsnap.model import Engine, Snapshot, StoredFile
 
 FORMAT = "qsnap-1"
 MANIFEST = "manifest.json"
@@ -165,6 +165,8 @@ def _faults(snapshot: Snapshot) -> Iterable[str]:
         if file.size_bytes < 0 or not _DIGEST.fullmatch(file.sha256):
             yield f"size or digest of {file.path} cannot be right"
     for vm in snapshot.vms:
+        if vm.recorded and vm.engine is not Engine.RECORD:
+            yield f"the RAM of VM {vm.vm.name[:80]!r} is missing"
         for block in vm.ram:
             if block.file.size_bytes < block.used_length:
                 yield f"{block.file.path} is shorter than the RAMBlock {block.idstr[:80]!r}"

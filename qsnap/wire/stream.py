@@ -363,12 +363,7 @@ class StreamReader:
             return self._device_bytes(cursor)
         if not self._at_eof:
             raise Incomplete
-        if not self._tail.is_complete():
-            raise self._error(
-                "the stream is truncated: no description of the devices (VMDESC) ends it",
-                cursor.position,
-                "QEMU or its host may have failed. A machine with suppress-vmdesc=on cannot be told from that.",
-            )
+        self._tail.check_complete(self.stream_offset)
         self.state = State.ENDED
         return EndOfStream(self.stream_offset)
 

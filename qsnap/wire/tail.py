@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 from struct import Struct
 
+from ..errors import StreamError
 from .records import SectionType
 
 _HEADER = Struct(">BBI")
 #: Described are fields, not content: about 100 kB for a PC, so this is room for dozens of times as many devices.
 _VMDESC_LIMIT_BYTES = 4 << 20
+TAIL_BYTES = _HEADER.size + _VMDESC_LIMIT_BYTES  #: of a stream's end, all that is looked at
 
 
 class Tail:
@@ -27,9 +29,17 @@ class Tail:
 
     def feed(self, data: memoryview) -> None:
         """Take note of device state."""
-        limit = _VMDESC_LIMIT_BYTES + _HEADER.size
-        self._recent += data[-limit:]
-        del self._recent[:-limit]
+        self._recent += data[-TAIL_BYTES:]
+        del self._recent[:-TAIL_BYTES]
+
+    def check_complete(self, stream_offset: int) -> None:
+        """Raise StreamError, about this offset, unless the stream may end here."""
+        if not self.is_complete():
+            raise StreamError(
+                "the stream is truncated: no description of the devices (VMDESC) ends it",
+                stream_offset=stream_offset,
+                advice="QEMU or its host may have failed. A machine with suppress-vmdesc=on cannot be told from that.",
+            )
 
     def is_complete(self) -> bool:
         """Whether a VMDESC ends exactly at the last byte fed."""

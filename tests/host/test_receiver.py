@@ -219,9 +219,36 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_stream_is_kept_as_it_comes(name: str, daemons: Any, tmp_path: Path) -> None:
+    data = read_recorded(name)
+    daemon = daemons("--record-limit", str(len(data)))
+    done = daemon.finish(data)
+    path = tmp_path / "migration.stream"
+    assert done.pop("machine").startswith("pc-")
+    assert done.pop("ram_bytes") == 4 << 20
+    assert done == {"event": "done", "blocks": [], "device_stream": str(path), "stream_bytes": len(data)}
+    assert daemon.exit_code() == 0
+    assert [(file, file.read_bytes()) for file in tmp_path.iterdir()] == [(path, data)]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_stream_beyond_its_limit(daemons: Any, tmp_path: Path) -> None:
+    data = read_recorded(RECORDED[0])
+    limit = len(data) - 1
+    daemon = daemons("--record-limit", str(limit))
+    error = daemon.finish(data)
+    assert (error["event"], error["kind"]) == ("error", "limit")
+    assert f"limit of {limit} bytes" in error["message"]
+    assert "precopy" in error["advice"]
+    assert daemon.exit_code() == 6
+    assert (tmp_path / "migration.stream").stat().st_size <= limit + 1
+
+
+@pytest.mark.parametrize("options", [(), ("--record-limit", "1000000000")], ids=["newest", "record"])
 @pytest.mark.parametrize("data", REFUSED.values(), ids=REFUSED.keys())
-def test_refused_streams(data: bytes, daemons: Any) -> None:
-    daemon = daemons()
+def test_refused_streams(data: bytes, options: tuple[str, ...], daemons: Any) -> None:
+    daemon = daemons(*options)
     error = daemon.finish(data)
     assert (error["event"], error["kind"]) == ("error", "stream")
     assert 0 <= error["stream_offset"] <= len(data)
@@ -243,7 +270,6 @@ def test_a_full_file_system(daemons: Any, tmp_path: Path) -> None:
         daemon = daemons()
         error = daemon.finish(read_recorded(RECORDED[0]))
         assert (error["event"], error["kind"]) == ("error", "space")
-        assert error["stream_offset"] > 0
         assert daemon.exit_code() == 6
         daemon.close()
     finally:

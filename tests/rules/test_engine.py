@@ -64,14 +64,16 @@ def test_every_combination_is_decided_or_refused_with_a_way_out() -> None:
             assert decision.advice
             assert "web" in decision.where
             continue
-        assert decision.engine is not Engine.AUTO
+        assert decision.engine is wish or wish is Engine.AUTO
+        assert decision.engine in (Engine.BACKGROUND, Engine.PRECOPY) or wish is Engine.RECORD
         refused = background if decision.engine is Engine.BACKGROUND else precopy
         assert not refused, "an engine was taken that QEMU refuses"
 
 
-def test_precopy_under_old_tcg_is_refused_by_name() -> None:
+@pytest.mark.parametrize("engine", [Engine.PRECOPY, Engine.RECORD])
+def test_precopy_under_old_tcg_is_refused_by_name(engine: Engine) -> None:
     with pytest.raises(EngineRefusedError, match=r"TCG loses writes before QEMU 9\.0, and this is 8\.2\.1"):
-        choose_engine(Engine.PRECOPY, evolve(PLAIN, qemu_version=(8, 2, 1)))
+        choose_engine(engine, evolve(PLAIN, qemu_version=(8, 2, 1)))
 
 
 def test_a_refusal_is_qemus_own_reason() -> None:

@@ -187,6 +187,7 @@ def test_plain_paths_are_accepted() -> None:
         (["vms", 0, "device_stream", "size_bytes"], -1, "size or digest"),
         (["vms", 0, "device_stream", "sha256"], "0" * 63 + "G", "size or digest"),
         (["vms", 0, "ram", 0, "used_length"], 1 << 40, "shorter than the RAMBlock"),
+        (["vms", 0, "ram"], [], "the RAM of VM 'alice' is missing"),
     ],
 )
 def test_what_cannot_be_is_refused_though_its_digest_is_right(place: list[Any], value: object, words: str) -> None:
