@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         StreamError,
     )
     from qsnap.host.catalogue import remove, show, snapshots, verify
+    from qsnap.host.converting import convert
     from qsnap.host.descriptions import load_description
     from qsnap.host.lifecycle import VMStatus, VNEStatus, console_path, down, running, status, statuses, up
     from qsnap.host.place import Place
@@ -61,6 +62,7 @@ _HOMES = {
         "snapshots",
         "verify",
     ),
+    "qsnap.host.converting": ("convert",),
     "qsnap.host.descriptions": ("load_description",),
     "qsnap.host.lifecycle": (
         "VMStatus",
@@ -141,6 +143,7 @@ __all__ = [
     "VMStatus",
     "VNEStatus",
     "console_path",
+    "convert",
     "down",
     "load_description",
     "recover",

@@ -115,6 +115,7 @@ def test_version(run: Run) -> None:
         (("snapshot", "lab"), 4, "qsnap: VNE lab is not up"),
         (("--store", "/no/such/store", "ls"), 6, "qsnap: /no/such/store: there is no store"),
         (("console", "lab", "alice"), 4, "qsnap: VNE lab is not up"),
+        (("convert", "lab", "s1"), 4, "qsnap: snapshot s1 of lab is flat already"),
     ],
 )
 def test_an_error_says_what_where_and_what_next(run: Run, words: tuple[str, ...], code: int, line: str) -> None:
@@ -264,12 +265,13 @@ def test_names_complete(place: qsnap.Place) -> None:
     assert completions("ps") == ["lab"]
     assert completions("ps", incomplete="x") == []
     assert completions("show", "lab") == ["s1", "s2"]
+    assert completions("convert", "lab") == ["s1", "s2"]
     assert completions("rm", "lab", "s1") == ["s2"]
     assert completions("console", "lab") == ["alice"]
     assert completions("restore") == ["lab"]
     assert completions("show", "--store", str(place.run), "lab") == []
     assert completions("console", "no such") == []
-    assert completions("snapshot", "lab", "--engine") == ["auto", "background", "precopy"]
+    assert completions("snapshot", "lab", "--engine") == ["auto", "background", "precopy", "record"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

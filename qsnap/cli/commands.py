@@ -189,6 +189,20 @@ def verify(settings: Settings, vne: str, name: str) -> Answer:
     return Answer(saved, tables.verified_text(saved))
 
 
+@cli.command(example="qsnap convert lab before-update")
+@saved_vne
+@saved_name
+@click.pass_obj
+def convert(settings: Settings, vne: str, name: str) -> Answer:
+    """Make a snapshot of the engine record instant to restore.
+
+    Each VM's stream becomes flat RAM and a device state, which take its place. No QEMU runs.
+    """
+    flat = call_with_bars(settings, qsnap.convert, vne, name)
+    hint = ("Go back to it", settings.command_line("restore", vne, name))
+    return Answer(flat, tables.with_next(tables.converted_text(flat), hint))
+
+
 @cli.command(example="qsnap rm lab before-update after-update")
 @saved_vne
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_snapshots)

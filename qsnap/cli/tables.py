@@ -71,8 +71,12 @@ def _capture_row(vm: VMSnapshot) -> tuple[str, ...]:
         duration_text(cost.total_ms),
         f"{cost.iterations}",
         f"{cost.last_iteration_pages:,}",
-        f"{size_text(cost.image_bytes)} = {percent_text(cost.image_to_memory)}",
+        _image(vm),
     )
+
+
+def _image(vm: VMSnapshot) -> str:
+    return f"{size_text(vm.measurements.image_bytes)} = {percent_text(vm.measurements.image_to_memory)}"
 
 
 def _discrepancy(snapshot: Snapshot) -> list[str]:
@@ -124,7 +128,7 @@ def _vm_details(vm: VMSnapshot) -> RenderableType:
         "machine": f"{vm.machine_type}, QEMU {version_text(vm.qemu_version)}",
         "NICs": "\n".join(nics) or "none",
         **{f"RAM {block.idstr}": _file(block.file) for block in vm.ram},
-        "devices": _file(vm.device_stream),
+        "stream" if vm.recorded else "devices": _file(vm.device_stream),
         **{f"disk {index}": _disk(disk) for index, disk in enumerate(vm.disks)},
         "hardware": shlex.join(vm.hardware),
     }
@@ -159,6 +163,12 @@ def report_text(report: Report) -> str:
     """Where a report was written to."""
     files = " and ".join(filter(None, (report.page, report.png)))
     return f"{count_text(len(report.snapshots), 'snapshot')} of {report.snapshots[0].vne.name}, drawn in {files}."
+
+
+def converted_text(snapshot: Snapshot) -> RenderableType:
+    """What a snapshot takes now that it is flat."""
+    rows = [(vm.vm.name, _image(vm)) for vm in snapshot.vms]
+    return Group(f"{snapshot.vne.name}/{snapshot.name} is flat.", "", _table(("VM", "IMAGE"), rows))
 
 
 def removed_text(vne: str, removed: Mapping[str, Sequence[str]]) -> str:

@@ -32,6 +32,7 @@ class Kind(Enum):
     DOWN = "down"
     SNAPSHOT = "snapshot"
     REMOVE = "rm"
+    CONVERT = "convert"
 
 
 @frozen

@@ -17,11 +17,11 @@ from pathlib import Path
 import trio
 from attrs import evolve
 
-from qsnap.errors import BusyError, IntegrityError, QsnapError
+from qsnap.errors import BusyError, IntegrityError, QsnapError, StateError
 from qsnap.host.bridges import open_links
 from qsnap.host.capture import abandon
 from qsnap.host.disks import DiskCut
-from qsnap.host.journal import Interrupted, Journal, Kind, Member
+from qsnap.host.journal import Interrupted, Journal, Kind, Member, Operation
 from qsnap.host.place import Place
 from qsnap.host.qemu import end_process, find_processes
 from qsnap.host.qmp import QemuGoneError, Qmp, open_loop, open_qmp
@@ -102,6 +102,8 @@ async def put_right(vne: str, runtime: Runtime) -> None:
         case Kind.REMOVE:
             in_use = runtime.load(vne).layers_in_use() if vne in runtime.names() else ()
             await _collect(vne, found.operation.store, in_use)
+        case Kind.CONVERT:
+            await _prune(vne, found.operation)
     journal.end()
 
 
@@ -132,8 +134,7 @@ async def put_snapshot_right(
         live = with_layers(live, kept)
         runtime.save(live)
     await _move_back(live)
-    receivers = find_processes([f"{store.root / vne / snapshot_dir(found.operation.snapshot)}/"])
-    await run_all([partial(end_process, process) for process in receivers])
+    await _end_receivers(store, vne, found.operation.snapshot)
     await _collect(vne, live.store, live.layers_in_use())
 
 
@@ -179,6 +180,18 @@ async def _move_back(live: LiveVNE) -> None:
 async def _collect(vne: str, store: str, in_use: Iterable[str]) -> None:
     with suppress(IntegrityError):  # of another snapshot: not what went wrong
         await Store(Path(store)).collect(vne, in_use)
+
+
+async def _end_receivers(store: Store, vne: str, snapshot: str) -> None:
+    receivers = find_processes([f"{store.root / vne / snapshot_dir(snapshot)}/"])
+    await run_all([partial(end_process, process) for process in receivers])
+
+
+async def _prune(vne: str, operation: Operation) -> None:
+    store = Store(Path(operation.store))
+    await _end_receivers(store, vne, operation.snapshot)
+    with suppress(IntegrityError, StateError):  # it is damaged, or gone
+        await store.prune(vne, operation.snapshot)
 
 
 async def recover(vne: str | None = None, *, place: Place | None = None) -> tuple[str, ...]:

@@ -97,10 +97,17 @@ def test_walk(place: qsnap.Place, tmp_path: Path) -> None:
     shell("down", "walk")
     assert shell.json("restore", "walk", "two", "--paused")["ram"].keys() == {"alice", "bob"}
     assert shell.states() == ["paused", "paused"]
+    assert "engine record: asked for" in shell("snapshot", "walk", "four", "--engine", "record").lower()
+    shell("down", "walk")
+
+    assert "stream" in shell("show", "walk", "four")
+    assert "four is flat" in shell("convert", "walk", "four")
+    assert "is flat already" in shell("convert", "walk", "four", "--json", code=4)
+    assert "mapped" in shell("restore", "walk", "four")
     shell("down", "walk")
 
     assert "alice" in shell("show", "walk", "two")
     assert "intact" in shell("verify", "walk", "two")
-    shell("rm", "walk", "one", "two")
+    shell("rm", "walk", "one", "two", "four")
     assert shell("ls") == "No snapshots.\n"
     assert shell("ps") == "No VNE is up.\n"

@@ -55,7 +55,7 @@ def check_measurements(saved: qsnap.Snapshot, engine: Engine) -> None:
         assert 0 < taken.downtime_ms < taken.total_ms
         assert taken.resume_instant_s - taken.stop_instant_s == pytest.approx(taken.downtime_ms / 1e3)
         assert taken.iterations >= 1
-        assert 0 < taken.image_to_memory < 1.1
+        assert 0 < taken.image_to_memory < 1.1 or engine is Engine.RECORD
     stops = [vm.measurements.stop_instant_s for vm in saved.vms]
     assert saved.discrepancy_ms == pytest.approx((max(stops) - min(stops)) * 1e3)
 

@@ -108,6 +108,30 @@ class Store:
         await trio.to_thread.run_sync(self._commit, snapshot, reporter(None))
         self._fresh.pop(vne, None)
 
+    async def replace(self, snapshot: Snapshot) -> None:
+        """Let `snapshot` take the place of the committed one of its name; whatever happens, one of them exists, whole.
+
+        Its files are as those of `commit`. `prune` removes what only the old one needed.
+
+        Raises:
+            StateError: there is no snapshot of that name.
+            IntegrityError: a file is missing or not what it should be, or `snapshot` is not complete.
+        """
+        vne = snapshot.vne.name
+        _check_names(vne, snapshot.name)
+        await trio.to_thread.run_sync(self._replace, snapshot, reporter(None))
+        self._fresh.pop(vne, None)
+
+    async def prune(self, vne: str, snapshot: str) -> tuple[str, ...]:
+        """Remove from the directory of a committed snapshot what its manifest does not name, and return the paths.
+
+        Raises:
+            StateError: there is no such snapshot.
+            IntegrityError: the manifest is altered or of another format. Nothing was removed.
+        """
+        _check_names(vne, snapshot)
+        return await trio.to_thread.run_sync(self._prune, vne, snapshot)
+
     async def abort(self, vne: str, snapshot: str) -> None:
         """Remove the directory of a snapshot in the making, if there is one. `collect` removes its disk layers.
 
@@ -209,20 +233,28 @@ class Store:
             return take_seal(fd, file, report)
 
     def _commit(self, snapshot: Snapshot, report: Report) -> None:
-        vne, directory = snapshot.vne.name, self._directory(snapshot.vne.name, snapshot.name)
+        vne = snapshot.vne.name
         self._refuse_committed(vne, snapshot.name)
+        try:
+            self._write(snapshot, report)
+        except HostError:
+            with suppress(OSError):
+                (self._directory(vne, snapshot.name) / MANIFEST).unlink(missing_ok=True)
+            raise
+
+    def _replace(self, snapshot: Snapshot, report: Report) -> None:
+        self._require(snapshot.vne.name, snapshot.name)
+        self._write(snapshot, report)
+
+    def _write(self, snapshot: Snapshot, report: Report) -> None:
+        vne, directory = snapshot.vne.name, self._directory(snapshot.vne.name, snapshot.name)
         manifest = encode_manifest(snapshot)
         parse_manifest(manifest, file=str(directory / MANIFEST))  # what is committed can be read back
         make_directories(self.root, vne, "snapshots", snapshot.name)
         seals = self._seal_all(vne, files_in(snapshot), report)
         self._sync_directories(vne, files_in(snapshot))
         write_durably(directory / SEALS, encode_seals(seals))
-        try:
-            write_durably(directory / MANIFEST, manifest)
-        except HostError:
-            with suppress(OSError):
-                (directory / MANIFEST).unlink(missing_ok=True)
-            raise
+        write_durably(directory / MANIFEST, manifest)
 
     def _seal_all(self, vne: str, files: tuple[StoredFile, ...], report: Report) -> Seals:
         """Seals of `files`, known ones as far as possible. All are on stable storage afterwards."""
@@ -243,6 +275,14 @@ class Store:
             with explained("set the mode of the directory", directory):
                 directory.chmod(0o700)
             sync_directory(directory)
+
+    def _prune(self, vne: str, snapshot: str) -> tuple[str, ...]:
+        recorded = self._load(vne, snapshot)
+        files, _ = files_below(self.root / vne, snapshot_dir(snapshot))
+        waste = garbage([recorded], files, ())
+        for path in waste:
+            remove_tree(self.root / vne / path)
+        return waste
 
     def _abort(self, vne: str, snapshot: str) -> None:
         self._refuse_committed(vne, snapshot)
