@@ -22,6 +22,7 @@ from qsnap.host.hugepages import HugePages
 from qsnap.host.journal import Journal
 from qsnap.host.qemu import Process
 from qsnap.model import VM, VNE, Accelerator, Colour
+from qsnap.rules.manifest import check_names
 
 USUAL_ROOT = Path("/run/qsnap")  #: of root; there a namespace is named after its VNE alone
 LONGEST_SOCKET_PATH = 107  #: sun_path less its final NUL (sys/un.h)
@@ -81,7 +82,8 @@ class Runtime:
     root: Path
 
     def directory(self, vne: str) -> Path:
-        """Where a VNE's state, sockets and logs are."""
+        """Where a VNE's state, sockets and logs are. Raises StateError for what cannot be a name."""
+        check_names(vne)
         return self.root / vne
 
     def netns(self, vne: str) -> str:
@@ -92,6 +94,7 @@ class Runtime:
 
     def vm_directory(self, vne: str, vm: str) -> Path:
         """Where a VM's sockets and logs are. Raises HostError if its socket paths would be too long."""
+        check_names(vm)
         directory = self.directory(vne) / vm
         if len(os.fsencode(directory / "console.sock")) > LONGEST_SOCKET_PATH:
             raise HostError(
@@ -169,6 +172,7 @@ class Runtime:
     @contextmanager
     def locked(self, vne: str) -> Iterator[None]:
         """Keep every other qsnap away from this VNE. Raises BusyError at once if one is at work on it."""
+        check_names(vne)
         try:
             self.root.mkdir(parents=True, mode=0o700, exist_ok=True)
             fd = os.open(self.root / f"{vne}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from cattrs import Converter, transform_error
 
-from qsnap.errors import IntegrityError
+from qsnap.errors import IntegrityError, StateError
 from qsnap.model import Engine, Snapshot, StoredFile
 
 FORMAT = "qsnap-1"
@@ -35,6 +35,14 @@ T = TypeVar("T")
 def is_name(text: str) -> bool:
     """Whether `text` can name a VNE, a snapshot or a VM in a store."""
     return _NAME.fullmatch(text) is not None
+
+
+def check_names(*names: str) -> None:
+    """Raise StateError for the first that cannot name a VNE, a snapshot or a VM: no other may be part of a path."""
+    for name in names:
+        if not is_name(name):
+            advice = "Names are 1 to 64 of a-z, 0-9, '.', '_' and '-', and start with a letter or a digit."
+            raise StateError(f"{name[:80]!r} is not a name", advice=advice)
 
 
 def snapshot_dir(snapshot: str) -> str:

@@ -42,6 +42,7 @@ from qsnap.model import Snapshot, StoredFile
 from qsnap.rules.manifest import (
     MANIFEST,
     SEALS,
+    check_names,
     encode_manifest,
     files_in,
     garbage,
@@ -65,12 +66,12 @@ class Store:
 
     async def layers_directory(self, vne: str) -> Path:
         """The directory for the disk layers of a VNE, made if it is missing."""
-        _check_names(vne)
+        check_names(vne)
         return await trio.to_thread.run_sync(make_directories, self.root, vne, "disks")
 
     async def refuse_committed(self, vne: str, snapshot: str) -> None:
         """Raise StateError if there is a snapshot of that name."""
-        _check_names(vne, snapshot)
+        check_names(vne, snapshot)
         await trio.to_thread.run_sync(self._refuse_committed, vne, snapshot)
 
     async def begin(self, vne: str, snapshot: str) -> Path:
@@ -79,7 +80,7 @@ class Store:
         Raises:
             StateError: there is a snapshot of that name.
         """
-        _check_names(vne, snapshot)
+        check_names(vne, snapshot)
         return await trio.to_thread.run_sync(self._begin, vne, snapshot)
 
     async def seal_file(self, vne: str, relpath: str, progress: Progress | None = None) -> StoredFile:
@@ -88,7 +89,7 @@ class Store:
         Raises:
             IntegrityError: it is missing, no regular file inside the VNE's directory, or still being written.
         """
-        _check_names(vne)
+        check_names(vne)
         seal = await trio.to_thread.run_sync(self._seal, vne, relpath, reporter(progress))
         self._fresh.setdefault(vne, {})[relpath] = seal
         return StoredFile(relpath, seal.size_bytes, seal.sha256)
@@ -104,7 +105,7 @@ class Store:
             IntegrityError: a file is missing or not what it should be, or `snapshot` is not complete.
         """
         vne = snapshot.vne.name
-        _check_names(vne, snapshot.name)
+        check_names(vne, snapshot.name)
         await trio.to_thread.run_sync(self._commit, snapshot, reporter(None))
         self._fresh.pop(vne, None)
 
@@ -118,7 +119,7 @@ class Store:
             IntegrityError: a file is missing or not what it should be, or `snapshot` is not complete.
         """
         vne = snapshot.vne.name
-        _check_names(vne, snapshot.name)
+        check_names(vne, snapshot.name)
         await trio.to_thread.run_sync(self._replace, snapshot, reporter(None))
         self._fresh.pop(vne, None)
 
@@ -129,7 +130,7 @@ class Store:
             StateError: there is no such snapshot.
             IntegrityError: the manifest is altered or of another format. Nothing was removed.
         """
-        _check_names(vne, snapshot)
+        check_names(vne, snapshot)
         return await trio.to_thread.run_sync(self._prune, vne, snapshot)
 
     async def abort(self, vne: str, snapshot: str) -> None:
@@ -138,14 +139,14 @@ class Store:
         Raises:
             StateError: the snapshot is committed.
         """
-        _check_names(vne, snapshot)
+        check_names(vne, snapshot)
         await trio.to_thread.run_sync(self._abort, vne, snapshot)
         self._fresh.pop(vne, None)
 
     async def names(self, vne: str | None = None) -> tuple[tuple[str, str], ...]:
         """(VNE, snapshot) of every committed snapshot, of one VNE or of all, sorted; damaged ones too."""
         if vne is not None:
-            _check_names(vne)
+            check_names(vne)
         return await trio.to_thread.run_sync(self._all_names, vne)
 
     async def list(self, vne: str | None = None) -> tuple[Snapshot, ...]:
@@ -164,7 +165,7 @@ class Store:
             StateError: there is no such snapshot.
             IntegrityError: the manifest is altered or of another format.
         """
-        _check_names(vne, snapshot)
+        check_names(vne, snapshot)
         return await trio.to_thread.run_sync(self._load, vne, snapshot)
 
     async def check_quick(self, vne: str, snapshot: str, progress: Progress | None = None) -> Snapshot:
@@ -174,13 +175,13 @@ class Store:
             StateError: there is no such snapshot.
             IntegrityError: the manifest or a file is missing or altered; it is named.
         """
-        _check_names(vne, snapshot)
+        check_names(vne, snapshot)
         check = partial(self._check, vne, snapshot, reporter(progress), trust_seals=True)
         return await trio.to_thread.run_sync(check)
 
     async def verify(self, vne: str, snapshot: str, progress: Progress | None = None) -> Snapshot:
         """Like `check_quick`, but hash every file whatever its seal says."""
-        _check_names(vne, snapshot)
+        check_names(vne, snapshot)
         check = partial(self._check, vne, snapshot, reporter(progress), trust_seals=False)
         return await trio.to_thread.run_sync(check)
 
@@ -193,7 +194,7 @@ class Store:
             StateError: there is no such snapshot.
             IntegrityError: the snapshot is removed, but another one is damaged: see `collect`.
         """
-        _check_names(vne, snapshot)
+        check_names(vne, snapshot)
         await trio.to_thread.run_sync(self._forget, vne, snapshot)
         return await self.collect(vne, in_use)
 
@@ -206,7 +207,7 @@ class Store:
         Raises:
             IntegrityError: a manifest is damaged, and so what it needs is not known. Nothing was removed.
         """
-        _check_names(vne)
+        check_names(vne)
         return await trio.to_thread.run_sync(self._collect, vne, frozenset(in_use))
 
     # What follows runs in worker threads.
@@ -390,13 +391,6 @@ class Store:
 
 
 _DAMAGED = "Put back a copy of it, or remove the snapshot."
-
-
-def _check_names(*names: str) -> None:
-    for name in names:
-        if not is_name(name):
-            advice = "Names are 1 to 64 of a-z, 0-9, '.', '_' and '-', and start with a letter or a digit."
-            raise StateError(f"{name[:80]!r} is not a name", advice=advice)
 
 
 def _names_in(directory: Path) -> tuple[str, ...]:
