@@ -1,0 +1,221 @@
+"""qsnap killed with SIGKILL before each step of each operation: whoever comes next finishes it or undoes it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from signal import SIGKILL
+
+import pytest
+import trio
+from pyroute2 import IPRoute, netns
+
+import qsnap
+from qsnap.host.netns import run_in_netns
+from qsnap.host.qemu import find_processes
+from qsnap.host.qmp import open_loop, open_qmp
+from qsnap.rules.colouring import bridge_name, tap_name
+from tests.live.lab import GUEST, QEMU_7, QEMU_11, ROOT, finish, make_vne, open_consoles, statuses, wait_ready
+
+MOST_STEPS = 200
+PATIENCE_S = 60
+
+
+def run_killed(fatal: int, place: qsnap.Place, *operation: str) -> list[str] | None:
+    """Run an operation that dies before its step `fatal`; its steps if it had fewer."""
+    command = [sys.executable, "-m", "tests.live.killing", str(fatal), str(place.run), str(place.store), *operation]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    if done.returncode == -SIGKILL:
+        return None
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n")
+
+
+async def each_step(place: qsnap.Place, *operation: str) -> AsyncIterator[int]:
+    """Kill the operation before its first step, its second ... until it has no more; put things right after each."""
+    for fatal in range(1, MOST_STEPS):
+        steps = await trio.to_thread.run_sync(run_killed, fatal, place, *operation)
+        with trio.fail_after(PATIENCE_S):
+            await qsnap.recover(place=place)
+            while place.runtime().interrupted():  # a receiver that lost its parent may be at it already
+                await trio.sleep(0.05)
+        yield fatal
+        if steps is not None:
+            assert fatal > 5, f"these are no steps: {steps}"
+            return
+    pytest.fail(f"more than {MOST_STEPS} steps")
+
+
+@asynccontextmanager
+async def booted(place: qsnap.Place, base: Path, *, vms: int, qemu: str) -> AsyncIterator[None]:
+    """A VNE `lab` whose guests exchange traffic; at the end it is seen to do so still, without a wrong byte."""
+    disks = (qsnap.Disk(str(base), "raw"),)
+    async with qsnap.running(make_vne("lab", vms=vms, qemu=qemu, disks=disks), place=place):
+        async with open_consoles("lab", place, vms) as consoles:
+            await wait_ready(consoles)
+        yield
+        async with open_consoles("lab", place, vms) as consoles:
+            await finish(consoles)
+            for state in await statuses(consoles):
+                assert state.stamp_errors == state.stream_errors == 0
+                assert state.streams_completed == state.streams_matched
+                assert state.streams_completed > 0 or vms == 1
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    image = tmp_path / "base.img"
+    image.write_bytes(bytes(1 << 20))
+    return image
+
+
+async def check_running(place: qsnap.Place, vms: int) -> None:
+    """Every VM runs, no migration is left, and its tap and its disk are those that the state file names."""
+    live = place.runtime().load("lab")
+    found = await qsnap.status("lab", place=place)
+    assert [vm.state for vm in found.vms] == ["running"] * vms
+    masters = await run_in_netns(live.netns, masters_of_links)
+    async with open_loop():
+        for index, vm in enumerate(live.vms):
+            assert masters[tap_name(index, 0)] == bridge_name(0, live.active)
+            async with open_qmp(place.runtime().qmp_path("lab", vm.vm.name), vm=vm.vm.name) as qmp:
+                capabilities = await qmp.execute("query-migrate-capabilities")
+                (disk,) = await qmp.execute("query-block")
+            assert not [each for each in capabilities if each["capability"] == "background-snapshot" and each["state"]]
+            assert disk["inserted"]["file"] == vm.disks[0].layers[0]
+    async with open_consoles("lab", place, vms) as consoles:
+        await statuses(consoles)  # a guest whose memory was left protected does not answer
+
+
+def masters_of_links() -> dict[str, str]:
+    with IPRoute() as ip:
+        links = {link["index"]: link for link in ip.get_links()}
+        return {
+            link.get_attr("IFLA_IFNAME"): links[master].get_attr("IFLA_IFNAME")
+            for link in links.values()
+            if (master := link.get_attr("IFLA_MASTER")) in links
+        }
+
+
+async def check_store(place: qsnap.Place) -> set[str]:
+    """What is in the store is what its snapshots and running VMs need. Returns the names of the snapshots."""
+    names = {saved.name for saved in await qsnap.snapshots("lab", place=place)}
+    for name in names:
+        await qsnap.verify("lab", name, place=place)
+    home = place.store / "lab"
+    before = {path for path in home.rglob("*") if path.is_file()} if home.exists() else set()
+    up = "lab" in place.runtime().names()
+    in_use = place.runtime().load("lab").layers_in_use() if up else ()
+    assert await place.snapshots().collect("lab", in_use) == (), before
+    assert {path.name for path in (home / "snapshots").glob("*")} == names
+    return names
+
+
+def check_processes(place: qsnap.Place) -> None:
+    """Only VMs are left: no receiver, nobody who puts things right."""
+    up = "lab" in place.runtime().names()
+    expected = {vm.process.pid for vm in place.runtime().load("lab").vms} if up else set()
+    assert {process.pid for process in find_processes([str(place.run), str(place.store)])} == expected
+
+
+@pytest.mark.parametrize(
+    ("qemu", "vms", "engine", "cut"),
+    [
+        (QEMU_11, 2, "background", "colour"),
+        (QEMU_11, 1, "precopy", "barrier"),
+        (QEMU_7, 1, "background", "barrier"),
+    ],
+)
+async def test_snapshot(qemu: str, vms: int, engine: str, cut: str, place: qsnap.Place, base: Path) -> None:
+    outcomes = set()
+    async with booted(place, base, vms=vms, qemu=qemu):
+        async for _ in each_step(place, "snapshot", "lab", "new", f"engine={engine}", f"cut={cut}"):
+            check_processes(place)
+            await check_running(place, vms)
+            names = await check_store(place)
+            outcomes.add("new" in names)
+            if names:
+                await qsnap.remove("lab", "new", place=place)
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize("ram", ["map", "eager"])
+async def test_restore_and_down(ram: str, place: qsnap.Place, base: Path) -> None:
+    async with booted(place, base, vms=2, qemu=QEMU_11):
+        await qsnap.snapshot("lab", "saved", place=place)
+    outcomes = set()
+    async for _ in each_step(place, "restore", "lab", "saved", f"ram={ram}"):
+        outcomes.add(await check_all_or_nothing(place))
+        if "lab" in place.runtime().names():
+            await qsnap.down("lab", place=place)
+    assert outcomes == {True, False}
+    outcomes.clear()
+    await qsnap.restore("lab", "saved", place=place)
+    async for _ in each_step(place, "down", "lab"):
+        outcomes.add(await check_all_or_nothing(place))
+        if "lab" not in place.runtime().names():
+            await qsnap.restore("lab", "saved", place=place)
+    assert outcomes == {True, False}
+    await qsnap.down("lab", place=place)
+    await qsnap.verify("lab", "saved", place=place)
+
+
+async def check_all_or_nothing(place: qsnap.Place) -> bool:
+    """The VNE is up with all its VMs, or nothing of it is left. Returns which."""
+    check_processes(place)
+    await check_store(place)
+    if "lab" in place.runtime().names():
+        await check_running(place, 2)
+        return True
+    assert place.runtime().netns("lab") not in netns.listnetns()
+    assert not [path for path in place.run.iterdir() if path.suffix != ".lock"]
+    return False
+
+
+async def test_up(place: qsnap.Place, base: Path, tmp_path: Path) -> None:
+    """With huge pages that are reserved for it."""
+    description = tmp_path / "lab.toml"
+    description.write_text(
+        f"""name = "lab"
+        [network.lan]
+        [defaults]
+        memory = "96M"
+        backing = "hugetlb"
+        qemu = "{QEMU_11}"
+        kernel = "{GUEST / "vmlinuz"}"
+        disks = [{{ file = "{base}", format = "raw" }}]
+        network = "lan"
+        accelerator = "tcg"
+        [vm.vm1]
+        [vm.vm2]
+        """
+    )
+    outcomes = set()
+    async for _ in each_step(place, "up", str(description)):
+        check_processes(place)
+        up = "lab" in place.runtime().names()
+        outcomes.add(up)
+        if up:
+            await qsnap.down("lab", place=place)
+        assert not [path for path in place.run.iterdir() if path.suffix != ".lock"]
+        assert place.runtime().netns("lab") not in netns.listnetns()
+        assert not list((place.store / "lab/disks").glob("*"))
+    assert outcomes == {True, False}
+
+
+async def test_rm(place: qsnap.Place, base: Path) -> None:
+    async with booted(place, base, vms=1, qemu=QEMU_11):
+        await qsnap.snapshot("lab", "kept", place=place)
+        await qsnap.snapshot("lab", "doomed", place=place)
+        outcomes = set()
+        async for _ in each_step(place, "remove", "lab", "doomed"):
+            names = await check_store(place)
+            assert "kept" in names
+            outcomes.add("doomed" in names)
+            if "doomed" not in names:
+                await qsnap.snapshot("lab", "doomed", place=place)
+        assert outcomes == {True, False}
+        await check_running(place, 1)
