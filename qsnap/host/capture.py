@@ -93,7 +93,7 @@ class Capture(ABC):
     daemon: Daemon
     disks: DiskCut
     was_running: bool
-    move_taps: Callable[[], Awaitable[None]]
+    move_taps: Callable[[], None]
     started_s: float = 0.0  # trio's clock
     start_instant_s: float = 0.0
     began: int = 0  # events before this index are from before the migration
@@ -121,7 +121,7 @@ class Capture(ABC):
         self.mark = len(self.qmp.events)
         with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
             await self.qmp.execute_all(("stop", {}), *self.disks.commands())
-            await self.move_taps()
+            self.move_taps()
 
     async def resume(self) -> None:
         """Let the VM run on as soon as the state at the cut is safe. It stays paused if it was found paused."""
@@ -245,7 +245,7 @@ class Background(Capture):
     async def _move_taps_once_stopped(self) -> None:
         if self.was_running:
             await self.qmp.wait_event(lambda event: event.name == "STOP", since=self.mark)
-        await self.move_taps()
+        self.move_taps()
 
     async def _release(self) -> None:
         if not self.keeps_paused:
@@ -284,7 +284,7 @@ class Precopy(Capture):
         with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
             await self._wait_migration("pre-switchover")
             await self.qmp.execute_all(*self.disks.commands())
-            await self.move_taps()
+            self.move_taps()
 
     async def _converge(self) -> None:
         """Return when QEMU has stopped the VM, or was made to."""

@@ -137,11 +137,11 @@ class _Saving:
         path = self.runtime.qmp_path(self.live.vne.name, vm.vm.name)
         qmp = await self.sessions.enter_async_context(open_qmp(path, vm=vm.vm.name))
         self.qmps[vm.vm.name] = qmp
+        overlays = await self._plan_overlays(vm)
+        self.journal.add(Member(vm.vm.name, await is_running(qmp), overlays))
         facts = await gather_facts(qmp, vm, waits=self.cut is Cut.BARRIER and len(self.live.vms) > 1)
         decision = choose_engine(self.wish, facts)
         self.progress("prepare", vm.vm.name, 0, 0)
-        overlays = await self._plan_overlays(vm)
-        self.journal.add(Member(vm.vm.name, facts.running, overlays))
         disks = await self._prepare_disks(vm, qmp, overlays)
         capture = await self._begin(vm, qmp, disks, facts, decision.engine)
         return Saved(vm, facts, decision, disks, capture)
@@ -181,9 +181,7 @@ class _Saving:
         )
         if keeps_reading:
             self.readers[vm.vm.name] = daemon.read_to_end
-        moves = self._moves(vm, self.live.active.other)
-        await self.links.warm_up(moves)
-        move_taps = partial(self.links.apply, moves)
+        move_taps = (await self.links.prepare(self._moves(vm, self.live.active.other))).apply
         capture: Capture
         if engine is Engine.RECORD:
             capture = Record(qmp, daemon, disks, facts.running, move_taps, force=True)
@@ -299,14 +297,18 @@ def record_limit(ram_bytes: int) -> int:
 
 async def gather_facts(qmp: Qmp, vm: LiveVM, *, waits: bool) -> Facts:
     """Ask QEMU what it can do with this VM now. Nothing is paused."""
-    state = await qmp.execute("query-status")
     return Facts(
         vm=vm.vm.name,
         qemu_version=vm.qemu_version,
         accelerator=vm.accelerator,
         hugetlb=vm.hugetlb,
-        running=state["status"] == "running",
+        running=await is_running(qmp),
         background_refusal=await probe_background(qmp),
         precopy_refusal=await probe_migration(qmp),
         waits=waits,
     )
+
+
+async def is_running(qmp: Qmp) -> bool:
+    """Whether the VM is not paused."""
+    return bool((await qmp.execute("query-status"))["status"] == "running")

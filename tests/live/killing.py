@@ -44,6 +44,7 @@ STEPS: tuple[tuple[Any, str], ...] = (
     (qmp.Qmp, "execute_all"),
     (qmp.Qmp, "send_fd"),
     (bridges.Links, "apply"),
+    (bridges.PreparedMoves, "apply"),
     (daemon.Daemon, "wait_ready"),
     (daemon.Daemon, "wait_tracking"),
     (daemon.Daemon, "wait_done"),

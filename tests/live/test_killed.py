@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from signal import SIGKILL
@@ -34,17 +34,22 @@ def run_killed(fatal: int, place: qsnap.Place, *operation: str) -> list[str] | N
     return done.stdout.split("\n")
 
 
-async def each_step(place: qsnap.Place, *operation: str) -> AsyncIterator[int]:
-    """Kill the operation before its first step, its second ... until it has no more; put things right after each."""
+async def kill_at_each_step(check: Callable[[], Awaitable[bool]], place: qsnap.Place, *operation: str) -> None:
+    """Kill the operation before its first step, its second ... until it has no more, and put things right after each.
+
+    `check` looks at what there is then, and says whether the operation was finished; else it was undone.
+    """
+    outcomes = set()
     for fatal in range(1, MOST_STEPS):
         steps = await trio.to_thread.run_sync(run_killed, fatal, place, *operation)
         with trio.fail_after(PATIENCE_S):
             await qsnap.recover(place=place)
             while place.runtime().interrupted():  # a receiver that lost its parent may be at it already
                 await trio.sleep(0.05)
-        yield fatal
+        outcomes.add(await check())
         if steps is not None:
-            assert fatal > 5, f"these are no steps: {steps}"
+            assert len(steps) > 5, f"these are no steps: {steps}"
+            assert outcomes == {True, False}
             return
     pytest.fail(f"more than {MOST_STEPS} steps")
 
@@ -130,41 +135,52 @@ def check_processes(place: qsnap.Place) -> None:
     ],
 )
 async def test_snapshot(qemu: str, vms: int, engine: str, cut: str, place: qsnap.Place, base: Path) -> None:
-    outcomes = set()
+    async def check() -> bool:
+        check_processes(place)
+        await check_running(place, vms)
+        names = await check_store(place)
+        if names:
+            await qsnap.remove("lab", "new", place=place)
+        return bool(names)
+
     async with booted(place, base, vms=vms, qemu=qemu):
-        async for _ in each_step(place, "snapshot", "lab", "new", f"engine={engine}", f"cut={cut}"):
-            check_processes(place)
-            await check_running(place, vms)
-            names = await check_store(place)
-            outcomes.add("new" in names)
-            if names:
-                await qsnap.remove("lab", "new", place=place)
-    assert outcomes == {True, False}
+        await kill_at_each_step(check, place, "snapshot", "lab", "new", f"engine={engine}", f"cut={cut}")
 
 
 @pytest.mark.parametrize("ram", ["map", "eager"])
-async def test_restore_and_down(ram: str, place: qsnap.Place, base: Path) -> None:
-    async with booted(place, base, vms=2, qemu=QEMU_11):
-        await qsnap.snapshot("lab", "saved", place=place)
-    outcomes = set()
-    async for _ in each_step(place, "restore", "lab", "saved", f"ram={ram}"):
-        outcomes.add(await check_all_or_nothing(place))
-        if "lab" in place.runtime().names():
+async def test_restore(ram: str, place: qsnap.Place, base: Path) -> None:
+    async def check() -> bool:
+        restored = await check_all_or_nothing(place)
+        if restored:
             await qsnap.down("lab", place=place)
-    assert outcomes == {True, False}
-    outcomes.clear()
-    await qsnap.restore("lab", "saved", place=place)
-    async for _ in each_step(place, "down", "lab"):
-        outcomes.add(await check_all_or_nothing(place))
-        if "lab" not in place.runtime().names():
-            await qsnap.restore("lab", "saved", place=place)
-    assert outcomes == {True, False}
-    await qsnap.down("lab", place=place)
+        return restored
+
+    await save(place, base)
+    await kill_at_each_step(check, place, "restore", "lab", "saved", f"ram={ram}")
     await qsnap.verify("lab", "saved", place=place)
 
 
+async def test_down(place: qsnap.Place, base: Path) -> None:
+    async def check() -> bool:
+        ended = not await check_all_or_nothing(place)
+        if ended:
+            await qsnap.restore("lab", "saved", place=place)
+        return ended
+
+    await save(place, base)
+    await qsnap.restore("lab", "saved", place=place)
+    await kill_at_each_step(check, place, "down", "lab")
+    await qsnap.down("lab", place=place)
+
+
+async def save(place: qsnap.Place, base: Path) -> None:
+    """Leave a snapshot `saved` of a VNE that is down."""
+    async with booted(place, base, vms=2, qemu=QEMU_11):
+        await qsnap.snapshot("lab", "saved", place=place)
+
+
 async def check_all_or_nothing(place: qsnap.Place) -> bool:
-    """The VNE is up with all its VMs, or nothing of it is left. Returns which."""
+    """The VNE is up with all its VMs, or nothing of it is left. Returns whether it is up."""
     check_processes(place)
     await check_store(place)
     if "lab" in place.runtime().names():
@@ -193,29 +209,30 @@ async def test_up(place: qsnap.Place, base: Path, tmp_path: Path) -> None:
         [vm.vm2]
         """
     )
-    outcomes = set()
-    async for _ in each_step(place, "up", str(description)):
+
+    async def check() -> bool:
         check_processes(place)
         up = "lab" in place.runtime().names()
-        outcomes.add(up)
         if up:
             await qsnap.down("lab", place=place)
         assert not [path for path in place.run.iterdir() if path.suffix != ".lock"]
         assert place.runtime().netns("lab") not in netns.listnetns()
         assert not list((place.store / "lab/disks").glob("*"))
-    assert outcomes == {True, False}
+        return up
+
+    await kill_at_each_step(check, place, "up", str(description))
 
 
 async def test_rm(place: qsnap.Place, base: Path) -> None:
+    async def check() -> bool:
+        names = await check_store(place)
+        assert "kept" in names
+        if "doomed" not in names:
+            await qsnap.snapshot("lab", "doomed", place=place)
+        return "doomed" not in names
+
     async with booted(place, base, vms=1, qemu=QEMU_11):
         await qsnap.snapshot("lab", "kept", place=place)
         await qsnap.snapshot("lab", "doomed", place=place)
-        outcomes = set()
-        async for _ in each_step(place, "remove", "lab", "doomed"):
-            names = await check_store(place)
-            assert "kept" in names
-            outcomes.add("doomed" in names)
-            if "doomed" not in names:
-                await qsnap.snapshot("lab", "doomed", place=place)
-        assert outcomes == {True, False}
+        await kill_at_each_step(check, place, "remove", "lab", "doomed")
         await check_running(place, 1)

@@ -35,7 +35,7 @@ async def capture_and_compare(live: LiveVM, qmp_path: str, engine: Engine, direc
     """Capture one VM and count the bytes in which its file differs from its RAM at the stop."""
     copies: list[bytes] = []
 
-    async def copy_while_stopped() -> None:  # it is called where the taps would be moved
+    def copy_while_stopped() -> None:  # it is called where the taps would be moved
         copies.append(copy_ram(live.process.pid))
 
     async with open_loop(), trio.open_nursery() as nursery, open_qmp(qmp_path, vm=live.vm.name) as qmp:
