@@ -21,6 +21,7 @@ from qsnap.rules.colouring import bridge_name, tap_name
 from tests.live.lab import GUEST, QEMU_7, QEMU_11, ROOT, finish, make_vne, open_consoles, statuses, wait_ready
 
 MOST_STEPS = 200
+QUIET = {"rate_mb": 2, "udp": 20}  #: other tests are about guests under load
 PATIENCE_S = 60
 
 
@@ -58,7 +59,7 @@ async def kill_at_each_step(check: Callable[[], Awaitable[bool]], place: qsnap.P
 async def booted(place: qsnap.Place, base: Path, *, vms: int, qemu: str) -> AsyncIterator[None]:
     """A VNE `lab` whose guests exchange traffic; at the end it is seen to do so still, without a wrong byte."""
     disks = (qsnap.Disk(str(base), "raw"),)
-    async with qsnap.running(make_vne("lab", vms=vms, qemu=qemu, disks=disks), place=place):
+    async with qsnap.running(make_vne("lab", vms=vms, qemu=qemu, disks=disks, guest=QUIET), place=place):
         async with open_consoles("lab", place, vms) as consoles:
             await wait_ready(consoles)
         yield
