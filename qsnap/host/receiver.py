@@ -270,6 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the daemon; its exit code."""
     options = _parse_arguments(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminate)
+    for fd in (options.stream, options.status):
+        os.set_inheritable(fd, False)  # an heir that held the stream open would let QEMU wait for ever
     status = Status(options.status)
     try:
         return _receive(options, status)

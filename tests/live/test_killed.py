@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,11 +29,14 @@ PATIENCE_S = 60
 def run_killed(fatal: int, place: qsnap.Place, *operation: str) -> list[str] | None:
     """Run an operation that dies before its step `fatal`; its steps if it had fewer."""
     command = [sys.executable, "-m", "tests.live.killing", str(fatal), str(place.run), str(place.store), *operation]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    with tempfile.TemporaryFile("w+") as output:  # no pipe: what outlives the process would keep it open
+        done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, timeout=PATIENCE_S, check=False)
+        output.seek(0)
+        said = output.read()
     if done.returncode == -SIGKILL:
         return None
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split("\n")
+    assert done.returncode == 0, said
+    return said.split("\n")
 
 
 async def kill_at_each_step(check: Callable[[], Awaitable[bool]], place: qsnap.Place, *operation: str) -> None:
@@ -120,11 +124,13 @@ async def check_store(place: qsnap.Place) -> set[str]:
     return names
 
 
-def check_processes(place: qsnap.Place) -> None:
-    """Only VMs are left: no receiver, nobody who puts things right."""
+async def check_processes(place: qsnap.Place) -> None:
+    """Only VMs are left: no receiver, and soon nobody who puts things right."""
     up = "lab" in place.runtime().names()
     expected = {vm.process.pid for vm in place.runtime().load("lab").vms} if up else set()
-    assert {process.pid for process in find_processes([str(place.run), str(place.store)])} == expected
+    with trio.fail_after(PATIENCE_S):
+        while {process.pid for process in find_processes([str(place.run), str(place.store)])} != expected:
+            await trio.sleep(0.1)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,7 @@ def check_processes(place: qsnap.Place) -> None:
 )
 async def test_snapshot(qemu: str, vms: int, engine: str, cut: str, place: qsnap.Place, base: Path) -> None:
     async def check() -> bool:
-        check_processes(place)
+        await check_processes(place)
         await check_running(place, vms)
         names = await check_store(place)
         if names:
@@ -182,7 +188,7 @@ async def save(place: qsnap.Place, base: Path) -> None:
 
 async def check_all_or_nothing(place: qsnap.Place) -> bool:
     """The VNE is up with all its VMs, or nothing of it is left. Returns whether it is up."""
-    check_processes(place)
+    await check_processes(place)
     await check_store(place)
     if "lab" in place.runtime().names():
         await check_running(place, 2)
@@ -212,7 +218,7 @@ async def test_up(place: qsnap.Place, base: Path, tmp_path: Path) -> None:
     )
 
     async def check() -> bool:
-        check_processes(place)
+        await check_processes(place)
         up = "lab" in place.runtime().names()
         if up:
             await qsnap.down("lab", place=place)
