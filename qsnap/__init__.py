@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qsnap.errors import (
+        AttachRefusedError,
         BusyError,
         ConfigError,
         EngineRefusedError,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         StateError,
         StreamError,
     )
+    from qsnap.host.attaching import AttachReport, attach, detach
     from qsnap.host.catalogue import remove, show, snapshots, verify
     from qsnap.host.converting import convert
     from qsnap.host.descriptions import load_description
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "qsnap.errors": (
+        "AttachRefusedError",
         "BusyError",
         "ConfigError",
         "EngineRefusedError",
@@ -55,6 +58,11 @@ _HOMES = {
         "QsnapError",
         "StateError",
         "StreamError",
+    ),
+    "qsnap.host.attaching": (
+        "AttachReport",
+        "attach",
+        "detach",
     ),
     "qsnap.host.catalogue": (
         "remove",
@@ -118,6 +126,8 @@ __all__ = [
     "VM",
     "VNE",
     "Accelerator",
+    "AttachRefusedError",
+    "AttachReport",
     "Backing",
     "BusyError",
     "ConfigError",
@@ -142,8 +152,10 @@ __all__ = [
     "VMSnapshot",
     "VMStatus",
     "VNEStatus",
+    "attach",
     "console_path",
     "convert",
+    "detach",
     "down",
     "load_description",
     "recover",

@@ -102,3 +102,9 @@ class IntegrityError(QsnapError):
     def __init__(self, message: str, *, file: str, advice: str = "") -> None:
         super().__init__(message, where=file, advice=advice)
         self.file = file
+
+
+class AttachRefusedError(QsnapError):
+    """A running VM has something that a snapshot could not bring back, so it is not attached. Nothing was changed."""
+
+    exit_code = 11

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 
 class Colour(Enum):
@@ -75,11 +75,15 @@ class Disk:
 
 @frozen
 class Nic:
-    """A network card: `mac` is seen by the guest, `network` is the name of the network it is on."""
+    """A network card: `mac` is seen by the guest, `network` is the name of the network it is on.
+
+    `tap` is the interface of a card whose VM qsnap did not start; others are named by qsnap.
+    """
 
     network: str
     mac: str
     model: str = "virtio-net-pci"
+    tap: str = ""
 
 
 @frozen
@@ -87,6 +91,7 @@ class VM:
     """One VM as described.
 
     `numa` are the sizes of its NUMA nodes, which add up to `memory_bytes`; `dimms` are memory devices beside that.
+    `qmp` is the QMP socket of a VM that qsnap did not start, but is attached to.
     """
 
     name: str
@@ -105,6 +110,7 @@ class VM:
     disks: tuple[Disk, ...] = ()
     nics: tuple[Nic, ...] = ()
     extra: tuple[str, ...] = ()
+    qmp: str = ""
 
     @property
     def ram_bytes(self) -> int:
@@ -114,10 +120,11 @@ class VM:
 
 @frozen
 class Network:
-    """A layer-2 network between VMs."""
+    """A layer-2 network between VMs. `bridge` is somebody else's bridge that attached VMs are on."""
 
     name: str
     mtu: int = 1500
+    bridge: str = ""
 
 
 @frozen
@@ -127,6 +134,24 @@ class VNE:
     name: str
     vms: tuple[VM, ...]
     networks: tuple[Network, ...] = ()
+
+    @property
+    def attached(self) -> bool:
+        """Whether somebody else has started the VMs, and made their networks."""
+        return any(vm.qmp for vm in self.vms)
+
+    def as_own(self) -> VNE:
+        """The same VNE as qsnap would start it: without what belongs to somebody else."""
+        return evolve(
+            self,
+            vms=tuple(vm_as_own(vm) for vm in self.vms),
+            networks=tuple(evolve(network, bridge="") for network in self.networks),
+        )
+
+
+def vm_as_own(vm: VM) -> VM:
+    """The VM as qsnap would start it: without the socket and the taps of an attached one."""
+    return evolve(vm, qmp="", nics=tuple(evolve(nic, tap="") for nic in vm.nics))
 
 
 @frozen

@@ -91,6 +91,33 @@ def up(settings: Settings, lab: str) -> Answer:
     return Answer(status, tables.with_next(tables.statuses_text([status]), *hints))
 
 
+@cli.command(example="qsnap attach lab.toml")
+@click.argument("lab", type=click.Path(), metavar="LAB.toml")
+@click.pass_obj
+def attach(settings: Settings, lab: str) -> Answer:
+    """Make VMs known to qsnap that run already, and that it did not start.
+
+    LAB.toml names the QMP socket of each, which nobody else may use meanwhile, and its taps. The VMs run on.
+    """
+    vne = qsnap.load_description(lab)
+    report = call(settings, qsnap.attach, vne)
+    cut = ("--cut", "barrier") if report.barrier_only else ()
+    hints = [
+        ("Save it", settings.command_line("snapshot", vne.name, *cut)),
+        ("Let go of it", settings.command_line("detach", vne.name)),
+    ]
+    return Answer(report, tables.with_next(tables.attached_text(report), *hints))
+
+
+@cli.command(example="qsnap detach lab")
+@running_vne
+@click.pass_obj
+def detach(settings: Settings, vne: str) -> Answer:
+    """Forget a VNE that qsnap is attached to; its VMs run on."""
+    call(settings, qsnap.detach, vne)
+    return Answer(None, f"{vne} is detached.")
+
+
 @cli.command(example="qsnap ps lab")
 @click.argument("vne", required=False, shell_complete=complete_running)
 @click.pass_obj

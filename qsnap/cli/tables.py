@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qsnap import Report, RestoreReport, Snapshot, VMStatus, VNEStatus
+from qsnap import AttachReport, Report, RestoreReport, Snapshot, VMStatus, VNEStatus
 from qsnap.model import DiskImage, StoredFile, VMSnapshot, version_text
 from qsnap.rules.figures import discrepancy_ms, longest_downtime_ms, reasons, stored_bytes
 from qsnap.rules.manifest import files_in
@@ -29,6 +29,14 @@ def statuses_text(vnes: Sequence[VNEStatus]) -> RenderableType:
         return "No VNE is up."
     header = ("VNE", "VM", "STATE", "PID", "ACCEL", "QEMU", "MEMORY", "NETNS")
     return _table(header, [row for vne in vnes for row in _status_rows(vne)])
+
+
+def attached_text(report: AttachReport) -> RenderableType:
+    """What qsnap is attached to, and what of it a snapshot will not hold together."""
+    notes = [f"{vm}: {', '.join(names)} is outside of the VNE." for vm, names in report.outside.items()]
+    if report.barrier_only:
+        notes.append(f"Only with --cut barrier: {report.barrier_only}.")
+    return Group(statuses_text([report.status]), *(["", *notes] if notes else []))
 
 
 def _status_rows(vne: VNEStatus) -> list[tuple[Cell, ...]]:

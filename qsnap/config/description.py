@@ -40,6 +40,7 @@ MacKey = tuple[Key, int]  #: the place of a VM, and the index of one of its NICs
 
 _FORMATS = ("qcow2", "raw", "vdi", "vhdx", "vmdk", "vpc")
 _FIELDS = {"memory": "memory_bytes", "network": "nics"}  # keys that are not called like the VM's field
+_ATTACHED_FIELDS = ("qmp", "nics", "network", "qemu")  # all else is learned from the running VM
 _INNER_NETDEV = re.compile(r"(type=)?(user|passt)(,.*)?", re.DOTALL)
 _DISK_OPTIONS = "drive blockdev hda hdb hdc hdd cdrom fda fdb sd mtdblock pflash"
 _OWN_OPTIONS = "qmp qmp-pretty daemonize pidfile name uuid nodefaults no-user-config no-shutdown nographic readconfig"
@@ -76,9 +77,23 @@ def parse_description(text: str, *, file: str, base_dir: str = "") -> VNE:
     given = {key: {**defaults, **_settings(source, key, value)} for key, value in _named_tables(source, top, "vm")}
     if not given:
         raise source.error(("vm",), "a VNE needs at least one VM", "Add a table such as [vm.alice].")
+    _check_all_or_none_run(source, given)
     macs = _macs(source, vne_name, given)
     vms = tuple(_vm(source, key, settings, macs) for key, settings in given.items())
     return VNE(vne_name, vms, networks)
+
+
+def _check_all_or_none_run(source: Source, given: dict[Key, Settings]) -> None:
+    """Attached VMs are on networks of somebody else's, others on qsnap's: a VNE has VMs of one kind."""
+    attached = [key for key, settings in given.items() if "qmp" in settings]
+    for key, settings in given.items():
+        if attached and key not in attached:
+            advice = "Give every VM `qmp`, which attaches qsnap to VMs that run already, or none."
+            raise source.error((*key, "qmp"), f"is missing, and VM {attached[0][-1]} has it", advice)
+        for place, nics in [settings.get("nics", ((), ()))]:
+            for index, nic in enumerate(nics):
+                if nic.tap and not attached:
+                    raise source.error((*place, index, "tap"), "qsnap names the taps of VMs that it starts itself")
 
 
 def files_of(vne: VNE) -> tuple[tuple[str, str], ...]:
@@ -134,6 +149,8 @@ def _settings(source: Source, key: Key, value: object) -> Settings:
 
 def _vm(source: Source, key: Key, settings: Settings, macs: dict[MacKey, str]) -> VM:
     fields = {field: value for field, (_, value) in settings.items()}
+    if fields.get("qmp"):
+        return _attached_vm(source, key, settings)
     if "memory_bytes" not in fields:
         raise source.error((*key, "memory"), "is required and missing", 'For example: memory = "512M"')
     if fields.get("numa") and sum(fields["numa"]) != fields["memory_bytes"]:
@@ -149,6 +166,18 @@ def _vm(source: Source, key: Key, settings: Settings, macs: dict[MacKey, str]) -
     return VM(name=str(key[-1]), nics=with_macs, **fields)
 
 
+def _attached_vm(source: Source, key: Key, settings: Settings) -> VM:
+    """A VM that runs already: all but its place in the VNE is learned from it."""
+    fields = {field: value for field, (_, value) in settings.items()}
+    for field, (place, _) in settings.items():
+        if field not in _ATTACHED_FIELDS and place[:2] == key:
+            advice = f"Beside `qmp` there may be: {', '.join(_ATTACHED_FIELDS)}."
+            raise source.error(place, "is learned from the running VM", advice)
+    return VM(
+        name=str(key[-1]), memory_bytes=0, qmp=fields["qmp"], nics=fields.get("nics", ()), qemu=fields.get("qemu", "")
+    )
+
+
 def _macs(source: Source, vne_name: str, given: dict[Key, Settings]) -> dict[MacKey, str]:
     """The MAC of every NIC: the one asked for, or one derived from the VNE, the VM and the NIC's index.
 
@@ -158,6 +187,7 @@ def _macs(source: Source, vne_name: str, given: dict[Key, Settings]) -> dict[Mac
         ((vm, index), (*place, index, "mac"), nic.mac)
         for vm, settings in given.items()
         for place, each in [settings.get("nics", ((), ()))]
+        if "qmp" not in settings
         for index, nic in enumerate(each)
     ]
     macs: dict[MacKey, str] = {}
@@ -201,9 +231,9 @@ def _nic(source: Source, key: Key, value: object) -> Nic:
     """A NIC whose MAC is empty if none was asked for."""
     if isinstance(value, str):
         return Nic(_network_name(source, key, value), "")
-    given = table(source, key, value, ("network", "mac", "model"))
+    given = table(source, key, value, ("network", "mac", "model", "tap"))
     required(source, key, given, "network", '{ network = "lan" }')
-    readers: dict[str, Reader[str]] = {"network": _network_name, "mac": _mac, "model": _device}
+    readers: dict[str, Reader[str]] = {"network": _network_name, "mac": _mac, "model": _device, "tap": _interface}
     return Nic(**{"mac": "", **{word: readers[word](source, (*key, word), item) for word, item in given.items()}})
 
 
@@ -251,6 +281,7 @@ def _check_option(source: Source, key: Key, option: str, argument: str) -> None:
 
 
 _device = matching(r"[A-Za-z0-9][A-Za-z0-9._-]*", "the name of a QEMU device or machine; properties cannot be added")
+_interface = matching(r"[^\s/]{1,15}", "the name of a network interface: 1 to 15 characters")
 _filled = matching(r"(?s:.+)", "a file")
 _mac_form = matching(r"(?i:[0-9a-f]{2}(:[0-9a-f]{2}){5})", 'a MAC: six bytes such as "52:54:00:12:34:56"')
 _READERS: dict[str, Reader[Any]] = {
@@ -270,4 +301,5 @@ _READERS: dict[str, Reader[Any]] = {
     "nics": tuple_of(_nic),
     "network": lambda source, key, value: (Nic(_network_name(source, key, value), ""),),
     "extra": _extra,
+    "qmp": lambda source, key, value: path(source, key, _filled(source, key, value)),
 }

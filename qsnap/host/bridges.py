@@ -8,11 +8,13 @@ import queue
 import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from struct import Struct
+from typing import TypeVar
 
 import trio
-from attrs import define, field
+from attrs import define, field, frozen
 from pyroute2 import IPRoute
 from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST
 from pyroute2.netlink.exceptions import NetlinkError
@@ -21,11 +23,17 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from qsnap.errors import HostError
 from qsnap.host.netns import run_in_netns
-from qsnap.rules.colouring import AddBridge, AddLink, AddTap, LinkStep, Move, SetPort
+from qsnap.rules.colouring import AddBridge, AddLink, AddTap, LinkStep, Move, Remove, SetPort
+
+T = TypeVar("T")
 
 TUN_DEVICE = "/dev/net/tun"
 _ANSWER = Struct("=I12xi")  # nlmsghdr.nlmsg_len, then nlmsgerr.error: 0 or a negative errno (linux/netlink.h)
 _ANSWER_BYTES = 1 << 16
+USUAL_PORT = {  # a port that was taken off a bridge comes back as new, so what differs from this would be lost
+    **dict.fromkeys(("LEARNING", "UNICAST_FLOOD", "MCAST_FLOOD", "BCAST_FLOOD"), 1),
+    **dict.fromkeys(("MODE", "GUARD", "PROTECT", "FAST_LEAVE", "ISOLATED", "LOCKED", "NEIGH_SUPPRESS"), 0),
+}
 NEEDED_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}  #: bits, from linux/capability.h
 
 
@@ -58,6 +66,15 @@ class Kernel:
 
     def set(self, name: str, **attributes: object) -> None:
         self.ip.link("set", index=self.index(name), **attributes)
+
+
+@frozen
+class TapPort:
+    """A tap as a port of somebody else's bridge. `obstacle` is why it cannot be moved and put back, if so."""
+
+    bridge: str
+    mtu: int
+    obstacle: str
 
 
 Job = Callable[[Kernel], None]
@@ -107,10 +124,9 @@ class Links:
 
         Raises HostError for an interface that is not there.
         """
-        prepared: list[PreparedMoves] = []
-        await self._run(lambda kernel: prepared.append(_prepare(kernel, moves, self.netns)))
-        self._prepared += prepared
-        return prepared[0]
+        prepared = await self._run(lambda kernel: _prepare(kernel, moves, self.netns))
+        self._prepared.append(prepared)
+        return prepared
 
     async def apply(self, steps: Iterable[LinkStep]) -> None:
         """Apply the steps in order, as one piece. Raises HostError at the first that the kernel refuses."""
@@ -121,14 +137,23 @@ class Links:
 
         await self._run(apply_all)
 
-    async def _run(self, call: Callable[[Kernel], object]) -> None:
+    async def find_ports(self, taps: Sequence[str]) -> list[TapPort]:
+        """What bridges these taps are on."""
+        return [await self._run(partial(_find_port, tap=tap)) for tap in taps]
+
+    async def exists(self, name: str) -> bool:
+        """Whether there is an interface of this name."""
+        return bool(await self._run(lambda kernel: kernel.ip.link_lookup(ifname=name)))
+
+    async def _run(self, call: Callable[[Kernel], T]) -> T:
         token = trio.lowlevel.current_trio_token()
         done = trio.Event()
+        results: list[T] = []
         failures: list[Exception] = []
 
         def job(kernel: Kernel) -> None:
             try:
-                call(kernel)
+                results.append(call(kernel))
             except Exception as error:  # raised again below, in the task that asked
                 failures.append(error)
             finally:
@@ -139,6 +164,7 @@ class Links:
             await done.wait()
         if failures:
             raise failures[0]
+        return results[0]
 
     def _serve(self) -> None:
         with IPRoute() as ip:
@@ -189,6 +215,8 @@ def _apply(kernel: Kernel, step: LinkStep, netns: str) -> None:
                 _add_tap(kernel, step)
             case AddLink():
                 _add_link(kernel, step)
+            case Remove():
+                kernel.ip.link("del", index=kernel.index(step.name))
 
 
 @contextmanager
@@ -227,3 +255,27 @@ def _set_port(kernel: Kernel, step: SetPort) -> None:
         bcast_flood=flood,
         learning=int(step.learning),
     )
+
+
+def _find_port(kernel: Kernel, tap: str) -> TapPort:
+    """Moving a tap and putting it back must change nothing else, and its new port must forward at once."""
+    found = kernel.ip.link_lookup(ifname=tap)
+    if not found:
+        return TapPort("", 0, f"there is no interface {tap} in the network namespace of its VM")
+    (port,) = kernel.ip.link("get", index=found[0])
+    if port.get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_KIND") != "bridge":
+        return TapPort("", 0, f"{tap} is not on a bridge of the kernel's")
+    (bridge,) = kernel.ip.link("get", index=port.get_attr("IFLA_MASTER"))
+    name = bridge.get_attr("IFLA_IFNAME")
+    options = bridge.get_nested("IFLA_LINKINFO", "IFLA_INFO_DATA")
+    settings = port.get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA")
+    obstacles = [
+        *([f"the bridge {name} has STP on, so a new port would wait"] if options.get_attr("IFLA_BR_STP_STATE") else []),
+        *([f"the bridge {name} filters VLANs"] if options.get_attr("IFLA_BR_VLAN_FILTERING") else []),
+        *(
+            f"the port {tap} has the setting {key.lower()} = {settings.get_attr(f'IFLA_BRPORT_{key}')}"
+            for key, usual in USUAL_PORT.items()
+            if settings.get_attr(f"IFLA_BRPORT_{key}") not in (usual, None)
+        ),
+    ]
+    return TapPort(name, bridge.get_attr("IFLA_MTU"), obstacles[0] if obstacles else "")

@@ -30,6 +30,8 @@ class Kind(Enum):
     UP = "up"
     RESTORE = "restore"
     DOWN = "down"
+    ATTACH = "attach"
+    DETACH = "detach"
     SNAPSHOT = "snapshot"
     REMOVE = "rm"
     CONVERT = "convert"

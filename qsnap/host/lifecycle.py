@@ -12,6 +12,7 @@ from attrs import evolve, frozen
 from qsnap.errors import HostError, QemuError, StateError
 from qsnap.host import hugepages
 from qsnap.host.bridges import check_networking
+from qsnap.host.console import is_taken
 from qsnap.host.journal import Kind, Operation
 from qsnap.host.place import Place, Progress, no_progress
 from qsnap.host.qemu import choose_accelerator
@@ -30,7 +31,7 @@ DEAD = "dead"  #: the state of a VM whose process has ended
 
 @frozen
 class VMStatus:
-    """One VM of a running VNE. `state` is QEMU's run state, or `dead`."""
+    """One VM of a running VNE. `state` is QEMU's run state, or `dead`; `busy` if its only QMP socket is in use."""
 
     name: str
     state: str
@@ -58,6 +59,8 @@ async def up(vne: VNE, *, place: Place | None = None, progress: Progress = no_pr
 
     Raises StateError if it is up already. On any failure everything that was made is taken away again.
     """
+    if vne.attached:
+        raise StateError(f"the VMs of VNE {vne.name} are run by somebody else", advice="qsnap attach LAB.toml")
     check_networking()
     place = place or Place()
     runtime = place.runtime()
@@ -167,6 +170,8 @@ async def _vm_status(live: LiveVM, runtime: Runtime, vne: str) -> VMStatus:
 async def _run_state(live: LiveVM, runtime: Runtime, vne: str) -> str:
     if not live.process.is_alive():
         return DEAD
+    if live.vm.qmp and is_taken(live.vm.qmp):
+        return "busy"
     try:
         path = runtime.monitor_path(vne, live.vm.name)
         async with open_qmp(path, vm=live.vm.name, timeout_s=STATUS_S, answer_s=STATUS_S) as qmp:
@@ -184,7 +189,9 @@ async def down(vne: str, *, place: Place | None = None) -> None:
     runtime = (place or Place()).runtime()
     async with exclusive(runtime, vne, after_all=True) as journal:
         with suppress(HostError):
-            runtime.load(vne)
+            if runtime.load(vne).vne.attached:
+                advice = f"To let go of them: qsnap detach {vne}. To end them is for whoever started them."
+                raise StateError("its VMs were not started by qsnap", where=f"VNE {vne}", advice=advice)
         journal.begin(Operation(Kind.DOWN))
         await take_down(vne, runtime)
 

@@ -18,8 +18,8 @@ T = TypeVar("T")
 
 
 def netns_path(name: str) -> str:
-    """Where a namespace of this name is mounted, so that `ip netns exec NAME` finds it too."""
-    return f"{netns.NETNS_RUN_DIR}/{name}"
+    """Where a namespace of this name is mounted, so that `ip netns exec NAME` finds it too; a path is one already."""
+    return os.path.join(netns.NETNS_RUN_DIR, name)
 
 
 async def create_netns(name: str) -> None:

@@ -43,6 +43,11 @@ class Process:
         return state not in ("", "Z", "X") and start_ticks == self.start_ticks
 
 
+def process_of(pid: int) -> Process:
+    """The process that has this id now."""
+    return Process(pid, _state_of(pid)[1])
+
+
 def find_program(name: str) -> str:
     """The absolute path of a program. Raises HostError with the package to install."""
     path = shutil.which(name)
@@ -61,7 +66,7 @@ async def start_qemu(command: list[str], *, netns: str, directory: str, vm: str,
     log = os.path.join(directory, "qemu.log")
     argv = ["nsenter", f"--net={netns}", "--", find_program(command[0]), *command[1:]]
     pid = _spawn(argv, log, tuple(fds))
-    process = Process(pid, _state_of(pid)[1])
+    process = process_of(pid)
     try:
         await _wait_for_socket(process, os.path.join(directory, "qmp.sock"), log, vm)
     except BaseException:
@@ -121,7 +126,7 @@ def find_processes(marks: Sequence[str]) -> list[Process]:
             line = entry.read_bytes()
             if any(mark in line for mark in wanted):
                 pid = int(entry.parent.name)
-                found.append(Process(pid, _state_of(pid)[1]))
+                found.append(process_of(pid))
     return found
 
 

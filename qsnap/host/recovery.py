@@ -22,6 +22,7 @@ from qsnap.host.bridges import open_links
 from qsnap.host.capture import abandon
 from qsnap.host.disks import DiskCut
 from qsnap.host.journal import Interrupted, Journal, Kind, Member, Operation
+from qsnap.host.owner import put_back
 from qsnap.host.place import Place
 from qsnap.host.qemu import end_process, find_processes
 from qsnap.host.qmp import QemuGoneError, Qmp, open_loop, open_qmp
@@ -97,7 +98,7 @@ async def put_right(vne: str, runtime: Runtime) -> None:
     match found.operation.kind:
         case Kind.SNAPSHOT:
             await put_snapshot_right(vne, runtime, found)
-        case Kind.UP | Kind.RESTORE | Kind.DOWN:
+        case Kind.UP | Kind.RESTORE | Kind.DOWN | Kind.ATTACH | Kind.DETACH:
             await take_down(vne, runtime)
         case Kind.REMOVE:
             in_use = runtime.load(vne).layers_in_use() if vne in runtime.names() else ()
@@ -159,6 +160,8 @@ async def _undo(
             await abandon(qmp, running=member.running, read_rest=read_rest)
             if legacy:
                 await release_memory(live.process)
+            if live.settings:
+                await put_back(qmp, live.settings)
             try:
                 await DiskCut(qmp, member.overlays).undo()
             except QemuGoneError:
@@ -215,8 +218,8 @@ def recovery_command(runtime: Runtime, vne: str) -> list[str]:
 
 
 def settled(live: LiveVNE, members: Iterable[Member]) -> LiveVNE:
-    """The VNE after a committed snapshot: on the other colour, and with the new disk layers on top."""
-    return evolve(with_layers(live, members), active=live.active.other)
+    """The VNE after a committed snapshot: on the other colour unless that is somebody else's, with the new layers."""
+    return evolve(with_layers(live, members), active=live.active if live.vne.attached else live.active.other)
 
 
 def with_layers(live: LiveVNE, members: Iterable[Member]) -> LiveVNE:

@@ -95,7 +95,10 @@ async def _refuse_running(vne: str, runtime: Runtime) -> None:
         await run_all([partial(wait_ended, vm.process) for vm in live.vms])
     alive = [vm.vm.name for vm in live.vms if vm.process.is_alive()]
     if alive:
-        raise StateError(f"VNE {vne} is running ({', '.join(alive)})", advice=f"Take it down first: qsnap down {vne}")
+        advice = f"Take it down first: qsnap down {vne}"
+        if live.vne.attached:
+            advice = f"End its VMs, or let go of them: qsnap detach {vne}"
+        raise StateError(f"VNE {vne} is running ({', '.join(alive)})", advice=advice)
 
 
 def _check_bases(saved: Snapshot) -> None:

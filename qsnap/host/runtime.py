@@ -20,6 +20,7 @@ from cattrs.preconf.json import make_converter
 from qsnap.errors import BusyError, HostError, StateError
 from qsnap.host.hugepages import HugePages
 from qsnap.host.journal import Journal
+from qsnap.host.owner import MigrationSettings
 from qsnap.host.qemu import Process
 from qsnap.model import VM, VNE, Accelerator, Colour
 from qsnap.rules.manifest import check_names
@@ -39,7 +40,7 @@ class LiveDisk:
 
 @frozen
 class LiveVM:
-    """A VM that qsnap started, and what it needs to know to capture it."""
+    """A running VM, and what qsnap needs to know to capture it. `settings` are those of one that it did not start."""
 
     vm: VM
     process: Process
@@ -49,17 +50,22 @@ class LiveVM:
     qemu_version: tuple[int, int, int]
     hugetlb: bool
     disks: tuple[LiveDisk, ...]
+    settings: MigrationSettings | None = None
 
 
 @frozen
 class LiveVNE:
-    """A VNE that was brought up."""
+    """A VNE that was brought up, or attached to.
+
+    `barrier_only` is why colours cannot be kept on the bridges of somebody else's, if so.
+    """
 
     vne: VNE
     store: str
     netns: str
     active: Colour
     vms: tuple[LiveVM, ...]
+    barrier_only: str = ""
 
     def layers_in_use(self) -> tuple[str, ...]:
         """All disk layers that a VM has open, relative to the VNE's directory in the store."""
@@ -123,8 +129,14 @@ class Runtime:
         directory.mkdir(parents=True, mode=0o700)
         return directory
 
+    def link_sockets(self, vne: str, vm: str, qmp: str) -> None:
+        """Let the one QMP socket of an attached VM be found where both of another VM's are."""
+        directory = self.make_vm_directory(vne, vm)
+        for name in ("qmp.sock", "monitor.sock"):
+            (directory / name).symlink_to(qmp)
+
     def names(self) -> list[str]:
-        """The VNEs that were brought up and not taken down."""
+        """The VNEs that were brought up or attached to, and are so still."""
         return sorted(path.parent.name for path in self.root.glob("*/vne.json"))
 
     def load(self, vne: str) -> LiveVNE:

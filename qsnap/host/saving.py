@@ -29,6 +29,7 @@ from qsnap.host.capture import (
 from qsnap.host.daemon import open_daemon
 from qsnap.host.disks import DiskCut, Overlay, create_overlay
 from qsnap.host.journal import Journal, Kind, Member, Operation
+from qsnap.host.owner import put_back, set_aside
 from qsnap.host.place import Place, Progress, no_progress
 from qsnap.host.qmp import Qmp, open_qmp
 from qsnap.host.recovery import Reader, exclusive, put_snapshot_right, recovery_command, settled
@@ -36,8 +37,8 @@ from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import find_qemu_img, new_layer_path
 from qsnap.host.store import Store
 from qsnap.host.tasks import run_all
-from qsnap.model import Colour, Cut, DiskImage, Engine, RamBlockFile, Snapshot, StoredFile, VMSnapshot
-from qsnap.rules.colouring import Move, plan_direction, plan_moves
+from qsnap.model import Colour, Cut, DiskImage, Engine, RamBlockFile, Snapshot, StoredFile, VMSnapshot, vm_as_own
+from qsnap.rules.colouring import Move, plan_direction, plan_moves, plan_return
 from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine, keeps_paused, must_read_to_end
 from qsnap.rules.manifest import files_in
 
@@ -66,6 +67,12 @@ async def snapshot(
         for vm in live.vms:
             if not vm.process.is_alive():
                 raise StateError(f"its VM {vm.vm.name} is dead", where=f"VNE {vne}", advice="See `qsnap ps`.")
+        if cut is Cut.COLOUR and live.barrier_only:
+            raise StateError(
+                f"colours cannot be kept on its networks: {live.barrier_only}",
+                where=f"VNE {vne}",
+                advice="Take the other cut: --cut barrier",
+            )
         return await _Saving(live, name, engine, cut, runtime, progress, journal).run()
 
 
@@ -128,6 +135,8 @@ class _Saving:
         await self.links.apply(plan_direction(self.live.vne, self.live.active))
         members = await run_all([partial(self._prepare, vm) for vm in self.live.vms])
         await self._make_cut(members)
+        if self.live.vne.attached:
+            await self.links.apply(plan_return(self.live.vne))
         return await self._commit(members)
 
     def _moves(self, vm: LiveVM, colour: Colour) -> list[Move]:
@@ -139,6 +148,9 @@ class _Saving:
         self.qmps[vm.vm.name] = qmp
         overlays = await self._plan_overlays(vm)
         self.journal.add(Member(vm.vm.name, await is_running(qmp), overlays))
+        if vm.settings:
+            await set_aside(qmp, vm.settings)
+            self.sessions.push_async_callback(put_back, qmp, vm.settings)
         facts = await gather_facts(qmp, vm, waits=self.cut is Cut.BARRIER and len(self.live.vms) > 1)
         decision = choose_engine(self.wish, facts)
         self.progress("prepare", vm.vm.name, 0, 0)
@@ -229,7 +241,7 @@ class _Saving:
         stops = [vm.measurements.stop_instant_s for vm in vms if vm.was_running]
         saved = Snapshot(
             name=self.name,
-            vne=self.live.vne,
+            vne=self.live.vne.as_own(),
             cut=self.cut,
             created_s=time.time(),
             vms=tuple(vms),
@@ -267,7 +279,7 @@ class _Saving:
             base = os.stat(described.file)
             disks.append(DiskImage(described.file, described.format, base.st_size, base.st_mtime_ns, tuple(layers)))
         return VMSnapshot(
-            vm=vm.vm,
+            vm=vm_as_own(vm.vm),
             engine=member.decision.engine,
             reason=member.capture.explain(member.decision.reason),
             accelerator=vm.accelerator,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -9,24 +10,30 @@ from pathlib import Path
 import trio
 
 from qsnap.errors import HostError, IntegrityError, StateError
-from qsnap.host.netns import remove_netns
+from qsnap.host.bridges import open_links
+from qsnap.host.netns import netns_path, remove_netns
 from qsnap.host.qemu import end_process, find_processes
-from qsnap.host.runtime import Runtime
+from qsnap.host.runtime import LiveVNE, Runtime
 from qsnap.host.store import Store
 from qsnap.host.tasks import run_all
+from qsnap.rules.colouring import plan_removal
 
 
 async def take_down(vne: str, runtime: Runtime) -> None:
     """Take away all that a VNE has on this host, whatever of it there is. The caller holds its lock.
 
     It can be done again after it was interrupted. Without a readable state file, processes and networks are found by
-    name; layers that only the file knew stay until the next snapshot of a VNE of this name.
+    name; layers that only the file knew stay until the next snapshot of a VNE of this name. Of attached VMs, which are
+    not qsnap's to end, it only lets go.
     """
     with trio.CancelScope(shield=True):
         try:
             live = runtime.load(vne)
         except (StateError, HostError):
             live = None
+        if live is not None and live.vne.attached:
+            await _release(live, runtime)
+            return
         processes = set(find_processes([f"path={runtime.directory(vne)}/"]))
         if live is not None:
             processes |= {vm.process for vm in live.vms}
@@ -39,3 +46,13 @@ async def take_down(vne: str, runtime: Runtime) -> None:
             ):  # beside a damaged manifest nothing is garbage for certain; `verify` names it
                 await Store(Path(live.store)).collect(vne)
         runtime.forget(vne)
+
+
+async def _release(live: LiveVNE, runtime: Runtime) -> None:
+    """What was put beside the bridges of attached VMs, dead or alive, goes; and qsnap forgets them."""
+    if os.path.exists(netns_path(live.netns)):
+        async with open_links(live.netns) as links:
+            for step in plan_removal(live.vne):
+                with suppress(HostError):  # what a dead VM had is gone already
+                    await links.apply([step])
+    runtime.forget(live.vne.name)

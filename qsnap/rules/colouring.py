@@ -6,15 +6,21 @@ way: its end on the post-snapshot bridge neither floods nor learns, so that brid
 Hence no frame sent after its sender's cut reaches a receiver before the receiver's cut (category 3), while frames
 from before the cut still pass (category 2). Colouring of packets: Lai and Yang, "On distributed snapshots" (1987);
 VNsnap, section 3.3.
+
+Attached VMs are on a bridge of somebody else's, which is the red one. The blue one is put beside it, and their taps are
+on it only while a snapshot is being taken. Without a bridge that colours can be kept on, nothing is moved.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 from attrs import frozen
 
 from qsnap.model import VNE, Colour
+
+STEM_LIMIT = 10  #: of the 15 characters of an interface's name, five say which one of a network's it is
 
 
 @frozen
@@ -64,17 +70,33 @@ class Move:
     bridge: str
 
 
-LinkStep = AddBridge | AddTap | AddLink | SetPort | Move
+@frozen
+class Remove:
+    """Remove an interface, and its peer if it is one of a pair."""
+
+    name: str
 
 
-def bridge_name(network: int, colour: Colour) -> str:
+LinkStep = AddBridge | AddTap | AddLink | SetPort | Move | Remove
+
+
+def bridge_name(vne: VNE, network: int, colour: Colour) -> str:
     """The interface name of a network's bridge; networks are counted in the order of the description."""
-    return f"net{network}-{colour.value}"
+    given = vne.networks[network].bridge
+    return given if given and colour is Colour.RED else f"{_stem(vne, network)}-{colour.value}"
 
 
-def link_end_name(network: int, colour: Colour) -> str:
+def link_end_name(vne: VNE, network: int, colour: Colour) -> str:
     """The interface name of the end of the one-way link that is a port of the bridge of `colour`."""
-    return f"net{network}-to-{'b' if colour is Colour.RED else 'r'}"
+    return f"{_stem(vne, network)}-to-{'b' if colour is Colour.RED else 'r'}"
+
+
+def _stem(vne: VNE, network: int) -> str:
+    """What the names of a network's interfaces begin with: unique in the namespace, and of at most ten characters."""
+    given = vne.networks[network].bridge
+    if len(given) > STEM_LIMIT:
+        return f"{given[:4]}{hashlib.sha256(given.encode()).hexdigest()[:6]}"
+    return given or f"net{network}"
 
 
 def tap_name(vm: int, nic: int) -> str:
@@ -83,19 +105,22 @@ def tap_name(vm: int, nic: int) -> str:
 
 
 def plan_networks(vne: VNE, active: Colour) -> list[LinkStep]:
-    """All bridges, one-way links and taps of a VNE at rest on the colour `active`."""
+    """All bridges, one-way links and taps of a VNE at rest on the colour `active`, but for those that are given."""
     steps: list[LinkStep] = []
-    for index, network in enumerate(vne.networks):
+    for index in _coloured(vne):
+        network = vne.networks[index]
         for colour in Colour:
-            alias = f"{vne.name}/{network.name} {colour.value}"
-            steps.append(AddBridge(bridge_name(index, colour), network.mtu, alias))
-        ends = [link_end_name(index, colour) for colour in Colour]
-        bridges = [bridge_name(index, colour) for colour in Colour]
+            if not (network.bridge and colour is Colour.RED):
+                alias = f"{vne.name}/{network.name} {colour.value}"
+                steps.append(AddBridge(bridge_name(vne, index, colour), network.mtu, alias))
+        ends = [link_end_name(vne, index, colour) for colour in Colour]
+        bridges = [bridge_name(vne, index, colour) for colour in Colour]
         steps.append(AddLink(ends[0], ends[1], bridges[0], bridges[1], network.mtu))
     steps += plan_direction(vne, active)
-    for tap, network_index, alias in _taps(vne):
-        bridge = bridge_name(network_index, active)
-        steps.append(AddTap(tap, bridge, vne.networks[network_index].mtu, alias))
+    if not vne.attached:
+        for tap, network_index, alias in _taps(vne):
+            bridge = bridge_name(vne, network_index, active)
+            steps.append(AddTap(tap, bridge, vne.networks[network_index].mtu, alias))
     return steps
 
 
@@ -106,20 +131,47 @@ def plan_direction(vne: VNE, pre_snapshot: Colour) -> list[LinkStep]:
     """
     closed: list[LinkStep] = []
     opened: list[LinkStep] = []
-    for index in range(len(vne.networks)):
-        closed.append(SetPort(link_end_name(index, pre_snapshot.other), flood=False, learning=False))
-        opened.append(SetPort(link_end_name(index, pre_snapshot), flood=True, learning=False))
+    for index in _coloured(vne):
+        closed.append(SetPort(link_end_name(vne, index, pre_snapshot.other), flood=False, learning=False))
+        opened.append(SetPort(link_end_name(vne, index, pre_snapshot), flood=True, learning=False))
     return closed + opened
 
 
 def plan_moves(vne: VNE, vm: str, to: Colour) -> list[Move]:
     """The taps of one VM, each onto its network's bridge of colour `to`."""
-    return [Move(tap, bridge_name(network, to)) for tap, network, alias in _taps(vne) if alias.split("/")[1] == vm]
+    return [Move(tap, bridge_name(vne, network, to)) for tap, network, alias in _taps(vne) if alias.split("/")[1] == vm]
+
+
+def plan_return(vne: VNE) -> list[LinkStep]:
+    """All taps back onto the given bridges, once every VM is post-snapshot.
+
+    Meanwhile the link is open both ways: there is no category 3 any more, and no frame need be lost.
+    """
+    opened = [SetPort(link_end_name(vne, index, Colour.BLUE), flood=True, learning=False) for index in _coloured(vne)]
+    moves = [move for vm in vne.vms for move in plan_moves(vne, vm.name, Colour.RED)]
+    return [*opened, *moves, *plan_direction(vne, Colour.RED)]
+
+
+def plan_removal(vne: VNE) -> list[LinkStep]:
+    """Leave given bridges as they were: all taps on them, and nothing beside them."""
+    moves = [move for vm in vne.vms for move in plan_moves(vne, vm.name, Colour.RED)]
+    names = [
+        name
+        for index in _coloured(vne)
+        for name in (link_end_name(vne, index, Colour.RED), bridge_name(vne, index, Colour.BLUE))
+    ]
+    return [*moves, *(Remove(name) for name in names)]
+
+
+def _coloured(vne: VNE) -> list[int]:
+    """The networks that have two bridges: all but those of attached VMs without a bridge to put a second one beside."""
+    return [index for index, network in enumerate(vne.networks) if network.bridge or not vne.attached]
 
 
 def _taps(vne: VNE) -> Iterator[tuple[str, int, str]]:
-    networks = {network.name: index for index, network in enumerate(vne.networks)}
+    networks = {vne.networks[index].name: index for index in _coloured(vne)}
     for vm_index, vm in enumerate(vne.vms):
         for nic_index, nic in enumerate(vm.nics):
-            alias = f"{vne.name}/{vm.name}/{nic_index} on {nic.network}"
-            yield tap_name(vm_index, nic_index), networks[nic.network], alias
+            if nic.network in networks:
+                alias = f"{vne.name}/{vm.name}/{nic_index} on {nic.network}"
+                yield nic.tap or tap_name(vm_index, nic_index), networks[nic.network], alias

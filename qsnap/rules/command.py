@@ -132,9 +132,8 @@ def plan_command(
         *(word for block in backends.ram for word in ("-object", _ram_object(block))),
         *(word for chardev in sockets for word in ("-chardev", chardev)),
         *("-mon", "chardev=qmp,mode=control", "-mon", "chardev=monitor,mode=control"),
-        *_disk_arguments(backends.disks),
         *_network_arguments(backends.taps),
-        *hardware,
+        *_with_disks(hardware, backends.disks),
         *(("-incoming", "defer") if backends.incoming else ()),
     ]
 
@@ -154,9 +153,27 @@ def disk_node(path: str, node: str) -> dict[str, object]:
     }
 
 
-def _disk_arguments(disks: tuple[str, ...]) -> list[str]:
-    nodes = (disk_node(path, DISK_NODE.format(index)) for index, path in enumerate(disks))
-    return [word for node in nodes for word in ("-blockdev", json.dumps(node))]
+def _with_disks(hardware: tuple[str, ...], disks: tuple[str, ...]) -> list[str]:
+    """The hardware and, before it, its disks; one that QEMU makes together with its device goes into its `-drive`."""
+    words, nodes = list(hardware), []
+    for index, path in enumerate(disks):
+        name = DISK_NODE.format(index)
+        node = disk_node(path, name)
+        place = next((at for at, word in enumerate(words) if word.endswith(f"node-name={name}")), None)
+        if place is None:
+            nodes += ["-blockdev", json.dumps(node)]
+        else:
+            words[place] += "," + _as_drive(node)
+    return nodes + words
+
+
+def _as_drive(node: dict[str, object]) -> str:
+    """The same node in the words of `-drive`, which has its name already."""
+    flat: dict[str, object] = {}
+    for key, value in node.items():
+        flat |= {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {key: value}
+    words = {key: "on" if value is True else str(value).replace(",", ",,") for key, value in flat.items()}
+    return ",".join(f"{key}={value}" for key, value in words.items() if key != "node-name")
 
 
 def _network_arguments(taps: tuple[str, ...]) -> list[str]:
