@@ -131,7 +131,7 @@ class _Adopting:
     def run(self) -> Adopted:
         self.netdevs = {each.get("id"): each for each in self._all("netdev", "type")}
         self.nodes = {each.get("node-name"): each for each in self._all("blockdev", "driver")}
-        self.drives = {each.get("id") for each in self._all("drive", "file")}
+        self.drives = {each.get("id") for each in self._all("drive", "")}
         machine = self._machine()
         words = [word for option, argument in self.options for word in self._translate(option, argument)]
         return Adopted(
@@ -275,15 +275,15 @@ class _Adopting:
         node = self.nodes[name]
         if "key-secret" in node.values or re.fullmatch(r"disk\d+", name):
             raise self._refused(f"the block node {name}", "It is encrypted, or named as qsnap's own are.")
-        for value in node.values.values():
-            if isinstance(value, str) and value in self.nodes:
+        for key, value in node.values.items():
+            if key != "node-name" and isinstance(value, str) and value in self.nodes:
                 self._keep_node(value)
         files = {key: self._path(node.get(key)) for key in ("filename", "file.filename") if key in node.values}
         self.backends += ["-blockdev", evolve(node, values=node.values | files).encode()]
 
     def _drive(self, argument: str) -> list[str]:
         """A -drive keeps its place in the machine, and gets its file from the slot that `node-name` names."""
-        given = parse_properties(argument, "file")
+        given = parse_properties(argument, "")
         name = given.get("id") or self._legacy_name(given)
         if given.get("snapshot") == "on":
             raise self._refused("-drive snapshot=on", "What it writes is in a file without name.")
@@ -386,7 +386,7 @@ class Card:
 
 def parse_cards(netdevs: Sequence[Netdev], taps: Sequence[str], info: str) -> tuple[Card, ...]:
     """The cards of the slots, by the monitor's `info network`: each card, and below it what it is joined to."""
-    found = re.findall(r"model=([^,\s]+),macaddr=(\S+)(?:\n \\ (\S+): )?", info)
+    found = re.findall(r"model=([^,\s]+),macaddr=(\S+)(?:\r?\n \\ (\S+): )?", info)
     by_peer = {peer: (model, mac) for model, mac, peer in found}
     others = iter([(model, mac) for model, mac, peer in found if peer not in {each.id for each in netdevs}])
     cards = (by_peer.get(each.id) or next(others, ("", "")) for each in netdevs)
