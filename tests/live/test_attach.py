@@ -114,7 +114,7 @@ def settled(found: list[dict[str, object]]) -> str:
 
 
 STYLES = {
-    "7.2-pc": (QEMU_7, "-m 96 -nographic -net nic,model=virtio -net tap,ifname=hand{n},script=no,downscript=no"),
+    "7.2-pc": (QEMU_7, "-m 96 -vga none -net nic,model=virtio -net tap,ifname=hand{n},script=no,downscript=no"),
     "11.1-q35": (
         QEMU_11,
         "-M q35,usb=off -m 96M -nodefaults -netdev tap,id=lan,ifname=hand{n},script=no,downscript=no "
