@@ -123,7 +123,7 @@ async def _find(vm: VM) -> Found:
     version = facts["query-version"]["qemu"]
     described = evolve(
         vm,
-        memory_bytes=facts["query-memory-size-summary"]["base-memory"],
+        memory_bytes=sum(facts["query-memory-size-summary"].values()),
         vcpus=len(facts["query-cpus-fast"]),
         machine=machine_type,
         accelerator=Accelerator.KVM if facts["query-kvm"]["enabled"] else Accelerator.TCG,

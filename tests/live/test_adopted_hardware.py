@@ -13,7 +13,7 @@ import trio
 from qsnap.host.qmp import open_loop, open_qmp
 from qsnap.model import VM, Accelerator
 from qsnap.rules.adopt import adopt
-from qsnap.rules.command import AnonymousRam, Backends, plan_command
+from qsnap.rules.command import RAM_ID, AnonymousRam, Backends, MemoryBackend, plan_command
 from tests.live.lab import GUEST, QEMU_7, QEMU_11
 
 DATA = Path(__file__).resolve().parents[1] / "data/command-lines"
@@ -101,7 +101,7 @@ async def test_the_same_machine(name: str, qemu: str, tmp_path: Path) -> None:
     size = 64 << 20 if name == "nodes" else 96 << 20 if "libvirt" in name else 128 << 20
     layers = tuple(str(tmp_path / f"layer{index}") for index in range(len(taken.disks)))
     taps = tuple("t0" for _ in taken.netdevs)
-    backends = Backends(str(tmp_path), AnonymousRam(), layers, taps)
+    backends = Backends(str(tmp_path), (MemoryBackend(RAM_ID, size, AnonymousRam()),), layers, taps)
     command = plan_command(VM("x", size, qemu=qemu), "x", taken.hardware, Accelerator.TCG, backends)
     again, same_tree, same_pci = await machine(command, tmp_path)
 
