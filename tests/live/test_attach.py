@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -16,10 +17,14 @@ from attrs import field, frozen
 
 import qsnap
 from qsnap import Cut, Engine
+from qsnap.host.qmp import open_loop, open_qmp
 from testbed.guests import GuestConsole, kernel_append
-from tests.live.lab import GUEST, QEMU_7, QEMU_11, check_continues, judge, open_consoles, statuses, wait_ready
+from tests.live.lab import GUEST, QEMU_7, QEMU_11, check_continues, judge, open_consoles, statuses
 
-NETNS = "qsnap-test-attach"
+NETNS = f"qsnap-test-attach-{os.getpid()}"
+
+
+BOOT_S = 300.0  # with all the firmware that QEMU puts into a machine by default
 
 
 def ip(*words: str) -> str:
@@ -39,7 +44,7 @@ class Hand:
         tap = f"hand{number}"
         ip("tuntap", "add", tap, "mode", "tap")
         ip("link", "set", tap, "master", "handbr", "up")
-        append = kernel_append(number, vms, dirty_mb=16, rate_mb=50, udp=200, tcp=1)
+        append = kernel_append(number, vms, dirty_mb=8, rate_mb=20, udp=100, tcp=1)
         command = [
             *("ip", "netns", "exec", NETNS, qemu, "-accel", "tcg", "-display", "none", "-name", tap),
             *("-kernel", str(GUEST / "vmlinuz"), "-initrd", str(GUEST / "initrd"), "-append", append),
@@ -101,16 +106,14 @@ def hand(place: qsnap.Place) -> Iterator[Hand]:
 
 
 def links() -> list[dict[str, object]]:
-    """All interfaces of the namespace: name, master, the settings of bridges and ports, without counters."""
-    return [
-        {key: link.get(key) for key in ("ifname", "master", "mtu", "linkinfo")}
-        for link in json.loads(ip("-j", "-d", "link"))
-    ]
-
-
-def settled(found: list[dict[str, object]]) -> str:
-    """What `links` found, without timers and port numbers, which are the kernel's."""
-    return json.dumps(found)
+    """All interfaces of the namespace with what they are set to, without what the kernel counts and numbers."""
+    found = json.loads(ip("-j", "-d", "link"))
+    for link in found:
+        for kind in ("info_data", "info_slave_data"):
+            data = link.get("linkinfo", {}).get(kind, {})
+            for key in [key for key in data if "timer" in key or key in ("no", "id", "designated_port")]:
+                del data[key]
+    return [{key: link.get(key) for key in ("ifname", "master", "mtu", "flags", "linkinfo")} for link in found]
 
 
 STYLES = {
@@ -137,7 +140,8 @@ async def test_attach_save_kill_restore(style: str, engine: Engine, cut: Cut, ha
         mac = f",macaddr=52:54:00:00:00:0{number}"
         hand.start(number, qemu, *shlex.split(arguments.format(n=number).replace("model=virtio", f"model=virtio{mac}")))
     async with hand.consoles() as consoles:
-        await wait_ready(consoles)
+        for console in consoles:
+            await console.wait_ready(trio.current_time() + BOOT_S)
         report = await qsnap.attach(hand.load(qemu), place=place)
         assert report.barrier_only == ""
         assert {vm.state for vm in report.status.vms} == {"running"}
@@ -156,3 +160,122 @@ async def test_attach_save_kill_restore(style: str, engine: Engine, cut: Cut, ha
         await check_continues(consoles, verdict.states)
     again = await qsnap.snapshot("hand", "again", place=place)
     assert judge(again, place).orphans == 0
+
+
+def start_still(hand: Hand, number: int, *arguments: str) -> None:
+    """A VM without a guest: its firmware finds nothing to boot."""
+    card = f"tap,id=lan,ifname=hand{number},script=no,downscript=no"
+    device = ("-device", "e1000,netdev=lan,id=card")
+    hand.start(number, QEMU_11, "-m", "32", "-nodefaults", "-netdev", card, *device, *arguments)
+
+
+async def ask(hand: Hand, number: int, command: str, **arguments: object) -> Any:
+    with trio.fail_after(30):
+        while not os.path.exists(hand.qmp(number)):
+            await trio.sleep(0.05)
+    async with open_loop(), open_qmp(hand.qmp(number), vm="asked") as qmp:
+        return await qmp.execute(command, arguments)
+
+
+async def test_detach_leaves_all_as_it_was(hand: Hand, place: qsnap.Place) -> None:
+    for number in (1, 2):
+        start_still(hand, number)
+        await ask(hand, number, "migrate-set-parameters", **{"max-bandwidth": 123456, "downtime-limit": 77})
+        on = [{"capability": "xbzrle", "state": True}]
+        await ask(hand, number, "migrate-set-capabilities", capabilities=on)
+    before = links()
+    vne = hand.load(QEMU_11)
+    await qsnap.attach(vne, place=place)
+    assert {"handbr-blue", "handbr-to-b", "handbr-to-r"} < {link["ifname"] for link in links()}
+    with pytest.raises(qsnap.StateError, match="attached already"):
+        await qsnap.attach(vne, place=place)
+    with pytest.raises(qsnap.StateError, match="not started by qsnap"):
+        await qsnap.down("hand", place=place)
+    saved = await qsnap.snapshot("hand", "still", place=place)
+    assert not saved.vne.attached
+    assert saved.vms[0].vm.nics[0].tap == ""
+    parameters = await ask(hand, 1, "query-migrate-parameters")
+    assert (parameters["max-bandwidth"], parameters["downtime-limit"]) == (123456, 77)
+    capabilities = await ask(hand, 1, "query-migrate-capabilities")
+    assert [each["capability"] for each in capabilities if each["state"]] == ["xbzrle"]
+    await qsnap.detach("hand", place=place)
+    assert links() == before
+    assert place.runtime().names() == []
+    assert (await ask(hand, 2, "query-status"))["status"] == "running"
+
+
+async def test_a_failed_snapshot_puts_the_taps_back(
+    hand: Hand, place: qsnap.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2):
+        start_still(hand, number)
+    await ask(hand, 1, "query-status")
+    await ask(hand, 2, "query-status")
+    await qsnap.attach(hand.load(QEMU_11), place=place)
+    before = links()
+
+    async def fail(*_: object) -> None:
+        raise qsnap.HostError("no space")
+
+    monkeypatch.setattr("qsnap.host.saving._Saving._commit", fail)
+    with pytest.raises(qsnap.HostError, match="no space"):
+        await qsnap.snapshot("hand", "failed", place=place)
+    assert links() == before
+    hand.kill()
+    await qsnap.detach("hand", place=place)
+    assert {link["ifname"] for link in links()} == {"lo", "handbr", "hand1", "hand2"}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("link set handbr type bridge stp_state 1", "STP"),
+        ("link set hand2 type bridge_slave isolated on", "isolated"),
+        ("link set hand2 nomaster", "hand2 is not on a bridge"),
+    ],
+)
+async def test_without_a_bridge_for_colours_only_the_barrier_is_left(
+    change: str, reason: str, hand: Hand, place: qsnap.Place
+) -> None:
+    for number in (1, 2):
+        start_still(hand, number)
+        await ask(hand, number, "query-status")
+    ip(*change.split())
+    before = links()
+    report = await qsnap.attach(hand.load(QEMU_11), place=place)
+    assert reason in report.barrier_only
+    with pytest.raises(qsnap.StateError, match=r"(?s)colours cannot be kept.*--cut barrier"):
+        await qsnap.snapshot("hand", "cut", place=place)
+    await qsnap.snapshot("hand", "cut", cut=Cut.BARRIER, place=place)
+    assert links() == before
+
+
+async def test_a_socket_that_somebody_else_uses(hand: Hand, place: qsnap.Place) -> None:
+    start_still(hand, 1)
+    await ask(hand, 1, "query-status")
+    vne = hand.load(QEMU_11)
+    async with open_loop(), open_qmp(hand.qmp(1), vm="mine"):
+        with pytest.raises(qsnap.StateError, match="one client"):
+            await qsnap.attach(vne, place=place)
+    await qsnap.attach(vne, place=place)
+    async with open_loop(), open_qmp(hand.qmp(1), vm="mine"):
+        with trio.fail_after(2):
+            (vm,) = (await qsnap.status("hand", place=place)).vms
+    assert vm.state == "busy"
+
+
+async def test_a_device_that_came_later_is_refused(hand: Hand, place: qsnap.Place) -> None:
+    start_still(hand, 1)
+    await ask(hand, 1, "device_add", driver="e1000", id="late")
+    with pytest.raises(qsnap.AttachRefusedError, match="the device late was plugged in"):
+        await qsnap.attach(hand.load(QEMU_11), place=place)
+    assert place.runtime().names() == []
+
+
+async def test_a_nic_that_the_description_lacks(hand: Hand, place: qsnap.Place) -> None:
+    start_still(hand, 1)
+    await ask(hand, 1, "query-status")
+    path = hand.directory / "lab.toml"
+    path.write_text(hand.description(QEMU_11).replace('tap = "hand1"', 'tap = "hand7"'))
+    with pytest.raises(qsnap.AttachRefusedError, match="hand1"):
+        await qsnap.attach(qsnap.load_description(path), place=place)
