@@ -98,7 +98,7 @@ def test_help_lists_every_exit_code(run: Run) -> None:
     code, out, _ = run("-h")
     listed = out.partition("Exit codes:")[2]
     assert code == 0
-    assert [number for number, _ in exit_codes()] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 130]
+    assert [number for number, _ in exit_codes()] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 130]
     for number, meaning in exit_codes():
         assert f"  {number:<3}  {meaning.split()[0]}" in listed
 

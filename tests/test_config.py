@@ -375,11 +375,13 @@ def test_every_key_of_a_toml_text_is_located(content: dict[str, object], blank: 
 
 
 def render(vne: VNE) -> str:
-    """The description of `vne`, every key given."""
+    """The description of `vne`, every key of VMs that qsnap starts given."""
     vms = {}
     for vm in vne.vms:
         fields = asdict(vm, value_serializer=lambda _, __, value: getattr(value, "value", value))
-        del fields["name"]
+        del fields["name"], fields["qmp"]
+        for nic in fields["nics"]:
+            del nic["tap"]
         vms[vm.name] = {"memory": fields.pop("memory_bytes"), **fields}
     networks = {network.name: {"mtu": network.mtu} for network in vne.networks}
     return document({"name": vne.name, "network": networks, "vm": vms})
@@ -389,3 +391,50 @@ def render(vne: VNE) -> str:
 @given(vnes())
 def test_a_rendered_vne_is_read_back(vne: VNE) -> None:
     assert parse(render(vne)) == vne
+
+
+ATTACHED = """\
+name = "lab"
+[defaults]
+memory = "512M"
+kernel = "k"
+[network.lan]
+[vm.alice]
+qmp = "a.qmp"
+nics = [{ network = "lan", tap = "vnet0" }, "lan"]
+[vm.bob]
+qmp = "/run/b.qmp"
+network = "lan"
+qemu = "q/qemu"
+"""
+
+
+def test_vms_that_run_already() -> None:
+    vne = parse(ATTACHED, "/srv")
+    assert vne.attached
+    assert vne.vms == (
+        VM("alice", 0, qemu="", nics=(Nic("lan", "", tap="vnet0"), Nic("lan", "")), qmp="/srv/a.qmp"),
+        VM("bob", 0, qemu="/srv/q/qemu", nics=(Nic("lan", ""),), qmp="/run/b.qmp"),
+    )
+    own = vne.as_own()
+    assert not own.attached
+    assert own.vms[0].nics[0] == Nic("lan", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "message"),
+    [
+        ('[vm.carol]\nmemory = "1G"', "vm.carol.qmp", "is missing, and VM alice has it"),
+        ('memory = "1G"', "vm.bob.memory", "is learned from the running VM"),
+        ('[vm.carol]\nqmp = ""', "vm.carol.qmp", "is not a file"),
+    ],
+)
+def test_faults_of_vms_that_run_already(line: str, key: str, message: str) -> None:
+    error = fault(f"{ATTACHED}{line}\n")
+    assert error.key == key
+    assert message in error.message
+
+
+def test_taps_are_named_by_qsnap_otherwise() -> None:
+    error = fault(one_vm('memory = "1G"', 'kernel = "k"', 'nics = [{ network = "lan", tap = "vnet0" }]'))
+    assert (error.line, error.key) == (6, "vm.alice.nics[0].tap")
