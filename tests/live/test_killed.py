@@ -90,7 +90,7 @@ async def check_running(place: qsnap.Place, vms: int) -> None:
     masters = await run_in_netns(live.netns, masters_of_links)
     async with open_loop():
         for index, vm in enumerate(live.vms):
-            assert masters[tap_name(index, 0)] == bridge_name(0, live.active)
+            assert masters[tap_name(index, 0)] == bridge_name(live.vne, 0, live.active)
             async with open_qmp(place.runtime().qmp_path("lab", vm.vm.name), vm=vm.vm.name) as qmp:
                 capabilities = await qmp.execute("query-migrate-capabilities")
                 (disk,) = await qmp.execute("query-block")
