@@ -1,20 +1,25 @@
-"""The form that all benchmarks share: the machine, rows of figures, and bars that hold or do not."""
+"""The form that all benchmarks share: their options, the machine, rows of figures, and bars that hold or do not."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import trio
 from attrs import asdict, field, frozen
 from rich.console import Console
 from rich.table import Table
+
+RUNS = 5
+COLUMNS = 160  #: where there is no terminal to tell
 
 
 @frozen
@@ -28,6 +33,43 @@ class Bar:
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "holds", self.value <= self.limit)
+
+
+@frozen
+class Options:
+    """How often each figure is taken; `quick` keeps to the smallest case, to see that the benchmark itself works."""
+
+    runs: int = RUNS
+    quick: bool = False
+
+
+@frozen
+class Report:
+    """Rows with the same keys, and bars."""
+
+    rows: Sequence[dict[str, Any]]
+    bars: Sequence[Bar] = ()
+
+
+Row = dict[str, Any]
+Benchmark = Callable[[Options], Awaitable[Report]]
+
+
+def run(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
+    """Run a benchmark and print its report. Returns the exit status: 1 where a bar does not hold."""
+    module = sys.modules[benchmark.__module__]
+    parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="machine, rows and bars as one JSON object")
+    parser.add_argument("--runs", type=int, default=RUNS, help=f"of each figure, for its median (default {RUNS})")
+    parser.add_argument("--quick", action="store_true", help="the smallest case only")
+    options = parser.parse_args(arguments)
+    before = machine()  # its load is that of the others
+    report = trio.run(benchmark, Options(options.runs, options.quick))
+    if options.json:
+        print(json.dumps({"machine": before, **asdict(report)}, indent=1))
+    else:
+        _print_tables(before, report)
+    return 0 if all(bar.holds for bar in report.bars) else 1
 
 
 def machine() -> dict[str, object]:
@@ -48,21 +90,12 @@ def median(values: Sequence[float]) -> float:
     return round(statistics.median(values), 2)
 
 
-def report(rows: Sequence[dict[str, Any]], bars: Sequence[Bar]) -> int:
-    """Print everything, as JSON where `--json` was given. Returns the exit status: 1 where a bar does not hold."""
-    if "--json" in sys.argv:
-        print(json.dumps({"machine": machine(), "rows": list(rows), "bars": [asdict(bar) for bar in bars]}, indent=1))
-    else:
-        _print_tables(rows, bars)
-    return 0 if all(bar.holds for bar in bars) else 1
-
-
-def _print_tables(rows: Sequence[dict[str, Any]], bars: Sequence[Bar]) -> None:
-    console = Console()
-    console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    table = Table(*rows[0])
-    for row in rows:
+def _print_tables(before: dict[str, object], report: Report) -> None:
+    console = Console(width=None if sys.stdout.isatty() else COLUMNS)
+    console.print(", ".join(f"{name} {value}" for name, value in before.items()))
+    table = Table(*report.rows[0])
+    for row in report.rows:
         table.add_row(*map(str, row.values()))
     console.print(table)
-    for bar in bars:
+    for bar in report.bars:
         console.print(f"{'holds' if bar.holds else 'BROKEN'}: {bar.name}: {bar.value} (limit {bar.limit})")

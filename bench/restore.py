@@ -1,71 +1,181 @@
-"""How long a 512 MiB guest takes to run again, mapped and eagerly, next to the same QEMU's start to its greeting.
+"""How soon a saved VM runs again, at 0.5, 2 and 8 GiB.
 
-Run by `scripts/bench restore [--json] [--runs N]`; medians of at least 5 runs.
+Counted from the start of its QEMU to the guest's RESUME, with memory mapped from the flat file and copied from it. Next
+to it, in the same rounds: the start of the same QEMU to its first QMP greeting, and the replay of a full migration
+stream (`stop`, `migrate exec:cat` without a bandwidth limit) into the same QEMU. All files are on tmpfs. `call_ms` is
+from the call of `qsnap.restore`, with all that it does before it starts QEMU.
+
+The guest rewrites its working set as fast as it can: `touched_ms` is from RESUME until it has been through all of it.
+Medians of at least 5 runs.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
-from typing import Any
 
 import trio
+from attrs import define, field
 
 import qsnap
-from bench.downtime import MEMORY_MIB, runs
-from bench.guest import QEMU, RATES, running_guest, temporary_place
-from bench.report import median, report
-from qsnap import Backing, RamMode
+from bench.guest import VNE, WORKING_SET_MB, running_guest, temporary_place
+from bench.probe import Probe, find_ram, memory_path
+from bench.report import Bar, Options, Report, Row, median, run
+from bench.ways import SNAPSHOT, STOP_AND_COPY_UNLIMITED, copy_directory
+from qsnap.host.qemu import Process
 from qsnap.host.qmp import open_loop, open_qmp
+from qsnap.host.restoring import feed, run_on
+from qsnap.host.runtime import LiveVNE
+from qsnap.host.starting import DiskBase, Start, build_networks, start_process
+from qsnap.host.takedown import take_down
+from qsnap.model import Colour, Engine, RamMode, StoredFile, VMSnapshot
+from qsnap.rules.command import AnonymousRam, MappedRam, Ram
+from testbed.state import GuestState
+
+MEMORY_MIB = (512, 2048, 8192)
+WORKING_SETS_MB = {512: WORKING_SET_MB, 2048: 800, 8192: 2000}
+AS_FAST_AS_IT_GOES_MB = 100_000
+GREETING_LIMIT = 1.5  #: no restore can do without a QEMU that has started
+TIMES_FASTER = 10  #: than the replay of a full stream
+TOUCH_S = 120.0
 
 
-async def start_to_greeting() -> float:
-    """Milliseconds from starting a bare QEMU to its first QMP greeting: nothing that starts one can be faster."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-        path = f"{directory}/qmp.sock"
-        command = [QEMU, "-S", "-display", "none", "-nodefaults", "-m", f"{MEMORY_MIB}M"]
-        started = time.perf_counter()
-        process = await trio.lowlevel.open_process([*command, "-qmp", f"unix:{path},server=on,wait=off"])
+@define
+class Times:
+    """All runs of one way to get a VM running."""
+
+    running_ms: list[float] = field(factory=list)
+    call_ms: list[float] = field(factory=list)
+    touched_ms: list[float] = field(factory=list)
+
+    def row(self) -> Row:
+        """The medians of what was measured."""
+        figures = {"running_ms": self.running_ms, "call_ms": self.call_ms, "touched_ms": self.touched_ms}
+        return {name: median(values) if values else None for name, values in figures.items()}
+
+
+@define
+class Case:
+    """One saved guest, and a full stream of the same. `offset` is where its state page is in its RAM."""
+
+    place: qsnap.Place
+    saved: qsnap.Snapshot
+    stream: Path
+    offset: int
+
+    async def restore(self, mode: RamMode, times: Times) -> None:
+        """A restore, until the guest has touched its working set."""
+        report = await qsnap.restore(VNE, SNAPSHOT, ram=mode, place=self.place)
         try:
-            while not Path(path).exists():
-                await trio.sleep(0.001)
-            async with open_loop(), open_qmp(path, vm="bare"):
-                return (time.perf_counter() - started) * 1e3
+            (running_ms,) = report.running_ms.values()
+            times.running_ms.append(running_ms)
+            times.call_ms.append(report.ready_ms)
+            process = self.place.runtime().load(VNE).vms[0].process
+            with closing(Probe(str(self.flat), 0, self.offset)) as image, closing(await self._probe(process)) as probe:
+                touched_s = await touched_all(probe, since=image.state())
+            times.touched_ms.append((touched_s - process.spawned_s) * 1e3 - running_ms)
         finally:
-            process.kill()
-            await process.wait()
+            await qsnap.down(VNE, place=self.place)
 
+    async def replay(self, times: Times) -> None:
+        """The same with the full stream, into an empty VM."""
+        path = self.place.runtime().qmp_path(VNE, self.vm.vm.name)
+        async with self._qemu(AnonymousRam()) as process, open_loop(), open_qmp(path, vm="replay") as qmp:
+            await feed(qmp, self.stream)
+            with closing(await self._probe(process)) as probe:
+                loaded = probe.state()
+                await run_on(qmp)
+                resumed = await qmp.wait_event(lambda event: event.name == "RESUME")
+                touched_s = await touched_all(probe, since=loaded)
+        times.running_ms.append((resumed.instant_s - process.spawned_s) * 1e3)
+        times.touched_ms.append((touched_s - resumed.instant_s) * 1e3)
 
-async def measure(rate: int) -> list[dict[str, Any]]:
-    """Rows for one dirty rate: it decides how much of the image is not empty."""
-    rows = []
-    with temporary_place() as place:
-        async with running_guest(place, memory_mib=MEMORY_MIB, rate=rate, backing=Backing.ANONYMOUS):
-            saved = await qsnap.snapshot("bench", "one", place=place)
-        for mode in (RamMode.MAP, RamMode.EAGER):
-            times = []
-            for _ in range(runs()):
-                times.append((await qsnap.restore("bench", "one", ram=mode, place=place)).ready_ms)
-                await qsnap.down("bench", place=place)
-            rows.append(
-                {
-                    "rate_mb_s": rate,
-                    "what": f"qsnap restore, {mode.value}",
-                    "image_mib": saved.vms[0].measurements.image_bytes >> 20,
-                    "running_after_ms": median(times),
-                }
+    async def greet(self, times: Times) -> None:
+        """The same QEMU, as for a mapped restore, to the first thing it says."""
+        async with (
+            self._qemu(MappedRam(str(self.flat))) as process,
+            await trio.open_unix_socket(self.place.runtime().qmp_path(VNE, self.vm.vm.name)) as socket,
+        ):
+            await socket.receive_some()
+            times.running_ms.append((time.time() - process.spawned_s) * 1e3)
+
+    @property
+    def vm(self) -> VMSnapshot:
+        return self.saved.vms[0]
+
+    @property
+    def flat(self) -> Path:
+        """The flat file of the guest's memory."""
+        return self._stored(self.vm.ram[0].file)
+
+    def _stored(self, file: StoredFile) -> Path:
+        return self.place.store / VNE / file.path
+
+    @asynccontextmanager
+    async def _qemu(self, ram: Ram) -> AsyncIterator[Process]:
+        """The guest's QEMU, waiting for a stream."""
+        runtime = self.place.runtime()
+        live = LiveVNE(self.saved.vne, str(self.place.store), runtime.netns(VNE), Colour.RED, ())
+        runtime.save(live)
+        try:
+            await build_networks(live)
+            disks = tuple(
+                DiskBase(disk.base, disk.base_format, tuple(str(self._stored(layer)) for layer in disk.layers))
+                for disk in self.vm.disks
             )
-    return rows
+            start = Start(self.vm.vm, 0, self.vm.hardware, self.vm.accelerator, ram, disks, incoming=True)
+            yield (await start_process(live, runtime, start))[0]
+        finally:
+            await take_down(VNE, runtime)
+
+    async def _probe(self, process: Process) -> Probe:
+        base = await find_ram(self.place.runtime().monitor_path(VNE, self.vm.vm.name))
+        return Probe(memory_path(process.pid), base, self.offset)
 
 
-async def main() -> int:
-    rows = [row for rate in RATES for row in await measure(rate)]
-    bare = [await start_to_greeting() for _ in range(runs())]
-    rows.append({"rate_mb_s": "", "what": "QEMU start to greeting", "image_mib": "", "running_after_ms": median(bare)})
-    return report(rows, [])
+async def touched_all(probe: Probe, since: GuestState) -> float:
+    """The time at which the guest has touched its whole working set again."""
+    with trio.fail_after(TOUCH_S):
+        while probe.state().touched < since.touched + since.stamp_pages:
+            await trio.sleep(0.001)
+    return time.time()
+
+
+async def measure(memory_mib: int, runs: int) -> tuple[list[Row], list[Bar]]:
+    """Save one guest, and get it running in every way in turn."""
+    ways = {"mapped": Times(), "copied": Times(), "full stream": Times(), "QEMU's greeting": Times()}
+    with temporary_place() as place:
+        case = await save(place, memory_mib)
+        for _ in range(runs):
+            await case.restore(RamMode.MAP, ways["mapped"])
+            await case.restore(RamMode.EAGER, ways["copied"])
+            await case.replay(ways["full stream"])
+            await case.greet(ways["QEMU's greeting"])
+        image_mib = case.vm.measurements.image_bytes >> 20
+    rows = [{"memory_mib": memory_mib, "image_mib": image_mib, "way": way, **ways[way].row()} for way in ways]
+    mapped, _, replayed, greeted = (times.row()["running_ms"] for times in ways.values())
+    return rows, [
+        Bar(f"mapped over QEMU's greeting, {memory_mib} MiB", round(mapped / greeted, 2), GREETING_LIMIT),
+        Bar(f"mapped over the full stream, {memory_mib} MiB", round(mapped / replayed, 3), 1 / TIMES_FASTER),
+    ]
+
+
+async def save(place: qsnap.Place, memory_mib: int) -> Case:
+    """A guest in the midst of its work, as a snapshot and as a stream."""
+    settings = {"dirty_mb": WORKING_SETS_MB[memory_mib], "rate_mb": AS_FAST_AS_IT_GOES_MB}
+    async with running_guest(place, memory_mib=memory_mib, **settings) as guest:
+        saved = await qsnap.snapshot(VNE, SNAPSHOT, engine=Engine.BACKGROUND, place=place)
+        await STOP_AND_COPY_UNLIMITED.save(guest)
+        return Case(place, saved, copy_directory(guest) / "memory", guest.probe.offset)
+
+
+async def benchmark(options: Options) -> Report:
+    results = [await measure(size, options.runs) for size in (MEMORY_MIB[:1] if options.quick else MEMORY_MIB)]
+    return Report([row for rows, _ in results for row in rows], [bar for _, bars in results for bar in bars])
 
 
 if __name__ == "__main__":
-    sys.exit(trio.run(main))
+    sys.exit(run(benchmark))

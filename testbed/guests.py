@@ -17,7 +17,7 @@ import trio
 
 from testbed.state import GuestState
 
-OPTIONS = frozenset({"net", "dirty_mb", "rate_mb", "udp", "tcp", "tcp_kbps"})
+OPTIONS = frozenset({"net", "dirty_mb", "rate_mb", "udp", "tcp", "tcp_kbps", "work"})
 #: No messages between the answers; no huge pages, whose making leaves stale copies behind; no doubts about a
 #: clock that stood still while the VM was paused; 0.2 s less to boot; QEMU ends when the kernel panics. And no test of
 #: the timer, which on a host that is short of processors fails now and then.

@@ -41,7 +41,7 @@ Image: TypeAlias = FilePath | tuple[FilePath, ...] | bytes | bytearray | memoryv
 
 SCALARS = (
     "ready", "ticks", "uptime_ms", "touched", "touching", "stamp_errors", "send_errors",
-    "stream_errors", "streams_completed", "streams_matched",
+    "stream_errors", "streams_completed", "streams_matched", "worked",
 )  # fmt: skip
 PER_PEER = ("sent", "received", "highest", "duplicates", "reordered", "skipped", "stale", "foreign")
 SCALARS_AT, PER_PEER_AT = 8, 24
@@ -107,6 +107,7 @@ class GuestState:
     foreign: tuple[int, ...]
     outgoing: StreamState
     incoming: StreamState
+    worked: int = 0  #: only in an image
 
     @classmethod
     def from_json(cls, answer: dict[str, Any]) -> GuestState:

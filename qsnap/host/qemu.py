@@ -11,13 +11,14 @@ import re
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import DEVNULL
 
 import trio
-from attrs import frozen
+from attrs import evolve, field, frozen
 
 from qsnap.errors import HostError, QemuError
 from qsnap.model import Accelerator
@@ -36,6 +37,7 @@ class Process:
 
     pid: int
     start_ticks: int
+    spawned_s: float = field(default=0.0, eq=False)  #: Unix time, of one that was started here
 
     def is_alive(self) -> bool:
         """Whether this very process still runs. A zombie does not."""
@@ -65,8 +67,9 @@ async def start_qemu(command: list[str], *, netns: str, directory: str, vm: str,
     """
     log = os.path.join(directory, "qemu.log")
     argv = ["nsenter", f"--net={netns}", "--", find_program(command[0]), *command[1:]]
+    spawned_s = time.time()
     pid = _spawn(argv, log, tuple(fds))
-    process = process_of(pid)
+    process = evolve(process_of(pid), spawned_s=spawned_s)
     try:
         await _wait_for_socket(process, os.path.join(directory, "qmp.sock"), log, vm)
     except BaseException:

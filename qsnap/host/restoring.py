@@ -38,11 +38,18 @@ DYING_S = 0.3
 
 @frozen
 class RestoreReport:
-    """What a restore did. `ready_ms` is from the call to the moment all VMs ran; `ram` says how they got their RAM."""
+    """What a restore did.
+
+    Attributes:
+        ready_ms: from the call to the moment all VMs ran.
+        ram: how each VM got its RAM.
+        running_ms: for each VM, from the start of its QEMU to its RESUME; none of those that stay paused.
+    """
 
     snapshot: Snapshot
     ready_ms: float
     ram: dict[str, str]
+    running_ms: dict[str, float]
 
 
 async def restore(
@@ -74,7 +81,7 @@ async def restore(
         _check_bases(saved)
         restoring = _Restoring(saved, store, runtime, ram, qemu, progress)
         await restoring.run(paused)
-    return RestoreReport(saved, (trio.current_time() - started_s) * 1e3, restoring.how)
+    return RestoreReport(saved, (trio.current_time() - started_s) * 1e3, restoring.how, restoring.running_ms)
 
 
 def _check_mode(mode: RamMode, saved: Snapshot) -> None:
@@ -119,7 +126,7 @@ def _check_bases(saved: Snapshot) -> None:
 
 @define
 class _Restoring:
-    """A restore under way. `how` tells for each VM how it gets its RAM."""
+    """A restore under way. `how` and `running_ms` are as in the report."""
 
     saved: Snapshot
     store: Store
@@ -130,6 +137,7 @@ class _Restoring:
     version: Version | None = None  # of the program that replaces the saved one
     how: dict[str, str] = field(factory=dict)
     rams: dict[str, Ram] = field(factory=dict)  # of the VMs whose stream holds it all
+    running_ms: dict[str, float] = field(factory=dict)
     sessions: AsyncExitStack = field(factory=AsyncExitStack)
 
     async def run(self, paused: bool) -> None:
@@ -146,8 +154,13 @@ class _Restoring:
             loaded = await run_all(calls)
             self.runtime.save(evolve(live, vms=tuple(vm for vm, _ in loaded)))
             if not paused:
-                running = [qmp for (_, qmp), vm in zip(loaded, self.saved.vms, strict=True) if vm.was_running]
-                await run_all([partial(run_on, qmp) for qmp in running])
+                running = [pair for pair, vm in zip(loaded, self.saved.vms, strict=True) if vm.was_running]
+                await run_all([partial(self._run_on, vm, qmp) for vm, qmp in running])
+
+    async def _run_on(self, vm: LiveVM, qmp: Qmp) -> None:
+        await run_on(qmp)
+        resumed = await qmp.wait_event(lambda event: event.name == "RESUME")
+        self.running_ms[vm.vm.name] = (resumed.instant_s - vm.process.spawned_s) * 1e3
 
     async def _check_accelerators(self) -> None:
         for vm in self.saved.vms:

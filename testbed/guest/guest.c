@@ -10,6 +10,7 @@
  *   qsnap.udp=200        datagrams per second to every peer, over all networks in turn; 0 for none
  *   qsnap.tcp=1          a stream to the next peer, on the first network; 0 for none
  *   qsnap.tcp_kbps=8000  its speed in kbit/s; 0 for as fast as it goes
+ *   qsnap.work=0         1 to keep the vCPU busy with work that is counted (state.worked)
  *
  * Console commands, each with ` #tag` behind it if the answer shall bring a tag back:
  *   status     @{"status":{all counters},"tag":...}
@@ -88,5 +89,6 @@ int main(void) {
     udp_open(option("udp", 200));
     tcp_open(option("tcp", 1) != 0, option("tcp_kbps", 8000));
     stamps_start(option("rate_mb", 20));
+    work_start(option("work", 0) != 0);
     loop();
 }

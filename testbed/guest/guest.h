@@ -42,6 +42,9 @@ void stamps_start(long rate_mb);
 void stamps_set_rate(long rate_mb);
 void stamps_report(void);
 
+/* work.c */
+void work_start(bool wanted);
+
 /* udp.c */
 void udp_open(long rate);
 void udp_set_on(bool on);

@@ -61,7 +61,7 @@ struct state {
     uint64_t version, nonce, id, peers, stamp_pages, check;
 
     uint64_t ready, ticks, uptime_ms, touched, touching, stamp_errors, send_errors;
-    uint64_t stream_errors, streams_completed, streams_matched, reserved[6];
+    uint64_t stream_errors, streams_completed, streams_matched, worked, reserved[5];
 
     /* Indexed by peer id - 1. skipped: numbers jumped over (lost or late), reordered: of those, what came after all,
      * duplicates: seen twice, stale: too old to tell, foreign: from another boot of that peer. */

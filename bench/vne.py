@@ -1,0 +1,135 @@
+"""What a consistent cut of 2, 4, 8 and 16 small VMs costs, by colour and by barrier.
+
+`discrepancy_ms` is from the first VM's STOP to the last one's; the downtime is that of the VMs, their median and the
+longest. `stall_ms` is the longest time for which any guest's incoming TCP stream, of 8 Mbit/s, made no progress while
+the snapshot was taken: the guests' own byte counters, read every millisecond. It holds the VM's downtime, its peer's
+and whatever TCP lost by them. `quiet_stall_ms` is the same over windows as long in which nothing happens. The guests'
+memory is in huge pages, so that the engine is the same with either cut. Medians of at least 5 runs, the cuts taking
+turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+import trio
+from attrs import define, field
+
+import qsnap
+from bench.guest import VNE, Guest, running_guests, temporary_place
+from bench.probe import Probe
+from bench.report import Options, Report, Row, median, run
+from bench.ways import SNAPSHOT
+from qsnap.model import Backing, Cut, Snapshot
+from testbed.state import STREAM_WORDS, STREAMS_AT
+
+T = TypeVar("T")
+
+VMS = (2, 4, 8, 16)
+MEMORY_MIB = 96
+GUEST = {"dirty_mb": 16, "rate_mb": 10, "udp": 20, "tcp": 1, "tcp_kbps": 8000}
+INCOMING_BYTES_AT = STREAMS_AT + STREAM_WORDS + 2  #: testbed/guest/state.h
+LOOK_S = 0.001
+WINDOW_S = 1.5
+
+
+@define
+class Stalls:
+    """The longest time without progress of each guest's incoming stream, seen from a thread of its own."""
+
+    probes: Sequence[Probe]
+    longest_s: float = 0.0
+    _over: threading.Event = field(factory=threading.Event)
+
+    def watch(self) -> None:
+        """Look again and again until told to stop."""
+        now = time.perf_counter()
+        counts, since = [0] * len(self.probes), [now] * len(self.probes)
+        while not self._over.wait(LOOK_S):
+            now = time.perf_counter()
+            for index, probe in enumerate(self.probes):
+                count = probe.word(INCOMING_BYTES_AT)
+                if count != counts[index]:
+                    counts[index], since[index] = count, now
+                self.longest_s = max(self.longest_s, now - since[index])
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch while the block runs."""
+        thread = threading.Thread(target=self.watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+
+
+@define
+class Taken:
+    """All runs with one cut."""
+
+    saved: list[Snapshot] = field(factory=list)
+    stalls_ms: list[float] = field(factory=list)
+    quiet_ms: list[float] = field(factory=list)
+
+    def row(self, vms: int, cut: Cut) -> Row:
+        """One line of the table."""
+        downtimes = [[vm.measurements.downtime_ms for vm in snapshot.vms] for snapshot in self.saved]
+        return {
+            "vms": vms,
+            "cut": cut.value,
+            "engine": self.saved[-1].vms[0].engine.value,
+            "discrepancy_ms": median([snapshot.discrepancy_ms for snapshot in self.saved]),
+            "downtime_ms": median([statistics.median(run) for run in downtimes]),
+            "longest_downtime_ms": median([max(run) for run in downtimes]),
+            "stall_ms": median(self.stalls_ms),
+            "quiet_stall_ms": median(self.quiet_ms),
+        }
+
+
+async def longest_stall_ms(guests: Sequence[Guest], action: Callable[[], Awaitable[T]]) -> tuple[T, float]:
+    """The action's result, and the longest stall in a window that begins with it."""
+    stalls = Stalls([guest.probe for guest in guests])
+    with stalls.watched():
+        ends_s = trio.current_time() + WINDOW_S
+        result = await action()
+        await trio.sleep_until(max(ends_s, trio.current_time()))
+    return result, stalls.longest_s * 1e3
+
+
+async def measure(guests: Sequence[Guest], cuts: dict[Cut, Taken], place: qsnap.Place) -> None:
+    """One snapshot with each cut, each after a quiet window."""
+    for cut, taken in cuts.items():
+        _, quiet_ms = await longest_stall_ms(guests, trio.lowlevel.checkpoint)
+        save = partial(qsnap.snapshot, VNE, SNAPSHOT, cut=cut, place=place)
+        saved, stall_ms = await longest_stall_ms(guests, save)
+        await qsnap.remove(VNE, SNAPSHOT, place=place)
+        taken.saved.append(saved)
+        taken.stalls_ms.append(stall_ms)
+        taken.quiet_ms.append(quiet_ms)
+
+
+async def benchmark(options: Options) -> Report:
+    rows = []
+    for vms in VMS[:1] if options.quick else VMS:
+        cuts = {cut: Taken() for cut in Cut}
+        with temporary_place() as place:
+            async with running_guests(
+                place, vms=vms, memory_mib=MEMORY_MIB, backing=Backing.HUGETLB, **GUEST
+            ) as guests:
+                for _ in range(options.runs):
+                    await measure(guests, cuts, place)
+        rows += [taken.row(vms, cut) for cut, taken in cuts.items()]
+    return Report(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(run(benchmark))
