@@ -32,7 +32,7 @@ from qsnap.host.runtime import LiveVNE
 from qsnap.host.starting import DiskBase, Start, build_networks, start_process
 from qsnap.host.takedown import take_down
 from qsnap.model import Colour, Engine, RamMode, StoredFile, VMSnapshot
-from qsnap.rules.command import AnonymousRam, MappedRam, Ram
+from qsnap.rules.command import AnonymousRam, MappedRam, Ram, plan_ram
 from testbed.state import GuestState
 
 MEMORY_MIB = (512, 2048, 8192)
@@ -84,7 +84,7 @@ class Case:
         """The same with the full stream, into an empty VM."""
         path = self.place.runtime().qmp_path(VNE, self.vm.vm.name)
         async with self._qemu(AnonymousRam()) as process, open_loop(), open_qmp(path, vm="replay") as qmp:
-            await feed(qmp, self.stream)
+            await feed(qmp, self.stream, lambda done, total: None)
             with closing(await self._probe(process)) as probe:
                 loaded = probe.state()
                 await run_on(qmp)
@@ -126,7 +126,8 @@ class Case:
                 DiskBase(disk.base, disk.base_format, tuple(str(self._stored(layer)) for layer in disk.layers))
                 for disk in self.vm.disks
             )
-            start = Start(self.vm.vm, 0, self.vm.hardware, self.vm.accelerator, ram, disks, incoming=True)
+            vm, hardware, accelerator = self.vm.vm, self.vm.hardware, self.vm.accelerator
+            start = Start(vm, 0, hardware, accelerator, plan_ram(vm, ram), disks, incoming=True)
             yield (await start_process(live, runtime, start))[0]
         finally:
             await take_down(VNE, runtime)
