@@ -95,10 +95,8 @@ class Case:
 
     async def greet(self, times: Times) -> None:
         """The same QEMU, as for a mapped restore, to the first thing it says."""
-        async with (
-            self._qemu(MappedRam(str(self.flat))) as process,
-            await trio.open_unix_socket(self.place.runtime().qmp_path(VNE, self.vm.vm.name)) as socket,
-        ):
+        path = self.place.runtime().qmp_path(VNE, self.vm.vm.name)
+        async with self._qemu(MappedRam(str(self.flat))) as process, await connect(path) as socket:
             await socket.receive_some()
             times.running_ms.append((time.time() - process.spawned_s) * 1e3)
 
@@ -135,6 +133,15 @@ class Case:
     async def _probe(self, process: Process) -> Probe:
         base = await find_ram(self.place.runtime().monitor_path(VNE, self.vm.vm.name))
         return Probe(memory_path(process.pid), base, self.offset)
+
+
+async def connect(path: str) -> trio.SocketStream:
+    """A connection to a socket that QEMU has bound, but may not listen on yet."""
+    while True:
+        try:
+            return await trio.open_unix_socket(path)
+        except ConnectionRefusedError:
+            await trio.sleep(0.0005)
 
 
 async def touched_all(probe: Probe, since: GuestState) -> float:
