@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qsnap.host.catalogue import remove, show, snapshots, verify
     from qsnap.host.converting import convert
     from qsnap.host.descriptions import load_description
+    from qsnap.host.domains import load_domains
     from qsnap.host.lifecycle import VMStatus, VNEStatus, console_path, down, running, status, statuses, up
     from qsnap.host.place import Place
     from qsnap.host.recovery import recover
@@ -72,6 +73,7 @@ _HOMES = {
     ),
     "qsnap.host.converting": ("convert",),
     "qsnap.host.descriptions": ("load_description",),
+    "qsnap.host.domains": ("load_domains",),
     "qsnap.host.lifecycle": (
         "VMStatus",
         "VNEStatus",
@@ -158,6 +160,7 @@ __all__ = [
     "detach",
     "down",
     "load_description",
+    "load_domains",
     "recover",
     "remove",
     "report",

@@ -21,6 +21,7 @@ from qsnap.cli.names import complete_running, complete_saved, complete_snapshots
 from qsnap.cli.output import Answer, print_answer
 from qsnap.cli.settings import Settings
 from qsnap.host import console as terminal
+from qsnap.host.domains import SYSTEM
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Enum)
@@ -92,14 +93,20 @@ def up(settings: Settings, lab: str) -> Answer:
 
 
 @cli.command(example="qsnap attach lab.toml")
-@click.argument("lab", type=click.Path(), metavar="LAB.toml")
+@click.argument("lab", type=click.Path(), metavar="[LAB.toml]", required=False)
+@click.option("--libvirt", "domains", multiple=True, metavar="DOMAIN", help="A running domain; give one or more.")
+@click.option("--connect", default=SYSTEM, show_default=True, metavar="URI", help="The libvirt that runs the domains.")
+@click.option("--name", default="libvirt", show_default=True, help="What to call the VNE of these domains.")
 @click.pass_obj
-def attach(settings: Settings, lab: str) -> Answer:
+def attach(settings: Settings, lab: str | None, domains: tuple[str, ...], connect: str, name: str) -> Answer:
     """Make VMs known to qsnap that run already, and that it did not start.
 
-    LAB.toml names the QMP socket of each, which nobody else may use meanwhile, and its taps. The VMs run on.
+    LAB.toml names the QMP socket of each, which nobody else may use meanwhile, and its taps; or libvirt is asked for
+    them. The VMs run on.
     """
-    vne = qsnap.load_description(lab)
+    if bool(lab) == bool(domains):
+        raise click.UsageError("Give either LAB.toml or --libvirt.")
+    vne = qsnap.load_description(lab) if lab else trio.run(partial(qsnap.load_domains, name, domains, connect=connect))
     report = call(settings, qsnap.attach, vne)
     cut = ("--cut", "barrier") if report.barrier_only else ()
     hints = [
