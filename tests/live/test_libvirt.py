@@ -10,6 +10,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ CONFIG = {
         'stdio_handler = "file"\n'
     ),
 }
-DIRECTORIES = {"etc": "/etc/libvirt", "lib": "/var/lib/libvirt", "cache": "/var/cache/libvirt", "run": "/run/libvirt"}
+DIRECTORIES = {
+    "etc": "/etc/libvirt",
+    "lib": "/var/lib/libvirt",
+    "cache": "/var/cache/libvirt",
+    "log": "/var/log/libvirt",
+    "run": "/run/libvirt",
+}
 DOMAIN = """\
 <domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>vm{number}</name>
@@ -113,7 +120,7 @@ def wait_for_daemon(uri: str, process: subprocess.Popen[bytes], log: Path) -> No
 
 
 def start_domain(uri: str, root: Path, number: int, *, machine: str = "pc", qmp: bool = True) -> Any:
-    """Start the domain vm1, vm2 ...; returns nothing of it but what libvirt says."""
+    """Start the domain vm1 or vm2, and return the connection to libvirt."""
     connection = libvirt.open(uri)
     values = {
         "number": number,
@@ -130,9 +137,7 @@ def start_domain(uri: str, root: Path, number: int, *, machine: str = "pc", qmp:
 async def test_domains_are_saved_and_restored(daemon: str, place: qsnap.Place) -> None:
     root = place.run.parent
     for number, machine in ((1, "pc"), (2, "q35")):
-        connection = await trio.to_thread.run_sync(
-            lambda number=number, machine=machine: start_domain(daemon, root, number, machine=machine)
-        )
+        connection = await trio.to_thread.run_sync(partial(start_domain, daemon, root, number, machine=machine))
     async with GuestConsole(f"{root}/1.console") as one, GuestConsole(f"{root}/2.console") as two:
         for console in (one, two):
             await console.wait_ready(trio.current_time() + BOOT_S)
