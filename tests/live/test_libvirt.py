@@ -10,6 +10,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ QMP = """\
 
 @pytest.fixture
 def daemon(place: qsnap.Place) -> Iterator[str]:
-    """The URI of a libvirtd, in a namespace that has a bridge called virt0. Its domains are ended afterwards."""
+    """The URI of a libvirtd, in a namespace that has a bridge called virt0."""
     root = place.run.parent / "libvirt"
     for name in DIRECTORIES:
         (root / name).mkdir(parents=True)
@@ -85,15 +86,26 @@ def daemon(place: qsnap.Place) -> Iterator[str]:
     for path in made:
         os.mkdir(path)
     script = " && ".join([*(f"mount --bind {root}/{ours} {theirs}" for ours, theirs in binds.items()), "exec libvirtd"])
-    subprocess.run(["ip", "netns", "add", NETNS], check=True)
-    subprocess.run(["ip", "-n", NETNS, "link", "add", "virt0", "up", "type", "bridge"], check=True)
-    with (root / "log").open("wb") as log:
-        command = ["ip", "netns", "exec", NETNS, "unshare", "-m", "sh", "-c", script]
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
     uri = f"qemu+unix:///system?socket={root}/run/libvirt-sock"
+    subprocess.run(["ip", "netns", "add", NETNS], check=True)
     try:
-        wait_for_daemon(uri, process, root / "log")
-        yield uri
+        subprocess.run(["ip", "-n", NETNS, "link", "add", "virt0", "up", "type", "bridge"], check=True)
+        with serving(["ip", "netns", "exec", NETNS, "unshare", "-m", "sh", "-c", script], uri, root / "libvirtd.log"):
+            yield uri
+    finally:
+        subprocess.run(["ip", "netns", "del", NETNS], check=True)
+        for path in made:
+            os.rmdir(path)
+
+
+@contextmanager
+def serving(command: list[str], uri: str, log: Path) -> Iterator[None]:
+    """The daemon, while the block runs; its domains are ended with it."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+    try:
+        wait_for_daemon(uri, process, log)
+        yield
         connection = libvirt.open(uri)
         for domain in connection.listAllDomains():
             domain.destroy()
@@ -101,9 +113,6 @@ def daemon(place: qsnap.Place) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
-        subprocess.run(["ip", "netns", "del", NETNS], check=True)
-        for path in made:
-            os.rmdir(path)
 
 
 def wait_for_daemon(uri: str, process: subprocess.Popen[bytes], log: Path) -> None:
