@@ -188,7 +188,10 @@ class DiskImage:
 
 @frozen
 class Measurements:
-    """What a snapshot cost one VM. Instants are seconds since the Unix epoch, from QEMU's own QMP timestamps."""
+    """What a snapshot cost one VM. Instants are seconds since the Unix epoch, from QEMU's own QMP timestamps.
+
+    They are comparable within one snapshot, even if the wall clock was set meanwhile.
+    """
 
     total_ms: float  #: from the start of the capture to its last byte
     iterations: int  #: passes over dirty pages (`dirty-sync-count`)

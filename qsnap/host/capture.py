@@ -8,7 +8,6 @@ the stop and in how it learns that the VM may run again. After any failure `aban
 from __future__ import annotations
 
 import os
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
@@ -20,6 +19,7 @@ import trio
 from attrs import define, field, frozen
 
 from qsnap.errors import HostError, QemuError, QsnapError
+from qsnap.host.clock import steady_s
 from qsnap.host.daemon import Daemon
 from qsnap.host.disks import DiskCut
 from qsnap.host.qmp import Qmp, QmpError, deadline
@@ -53,10 +53,10 @@ class Bounds:
 
 @frozen
 class Captured:
-    """What one capture yielded. Instants are QEMU's, seconds since the Unix epoch."""
+    """What one capture yielded. Instants are QEMU's, on the clock of `qsnap.host.clock`."""
 
     receipt: dict[str, Any]
-    start_instant_s: float  # by this host's clock, which is QEMU's too
+    start_instant_s: float
     total_ms: float
     iterations: int
     last_iteration_pages: int
@@ -158,7 +158,7 @@ class Capture(ABC):
     def _note_start(self) -> None:
         self.began = len(self.qmp.events)
         self.started_s = trio.current_time()
-        self.start_instant_s = time.time()
+        self.start_instant_s = steady_s()
 
     async def _wait_migration(self, status: str) -> None:
         """Wait for a migration status; raises what ends the migration before, be it QEMU's side or the daemon's."""

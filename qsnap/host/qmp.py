@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
@@ -19,6 +20,7 @@ from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient
 from qemu.qmp.protocol import StateError as QmpStateError
 
 from qsnap.errors import QemuError
+from qsnap.host.clock import place_stamp, steady_s
 from qsnap.wire.qapi import ANSWERS, event_matches, matches
 
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it would log is raised here as well
@@ -45,7 +47,7 @@ class QemuGoneError(QemuError):
 
 @frozen
 class QmpEvent:
-    """An event as QEMU sent it; `instant_s` is QEMU's own time stamp, seconds since the Unix epoch."""
+    """An event as QEMU sent it; `instant_s` is QEMU's own time stamp, on the clock of `qsnap.host.clock`."""
 
     name: str
     data: Mapping[str, Any]
@@ -141,7 +143,12 @@ class Qmp:
         if not event_matches(message) or len(self.events) == EVENTS_LIMIT:
             raise QMPError("not an event, or one too many")  # ends the session
         stamp = message["timestamp"]
-        instant_s = stamp["seconds"] + stamp["microseconds"] / 1e6
+        instant_s = place_stamp(
+            stamp["seconds"] + stamp["microseconds"] / 1e6,
+            wall_s=time.time(),
+            now_s=steady_s(),
+            earliest_s=self.events[-1].instant_s if self.events else 0.0,
+        )
         self.events.append(QmpEvent(message["event"], message.get("data", {}), instant_s))
         self._wake()
         return False  # noted here: nothing is to be queued in the client

@@ -7,7 +7,7 @@ what was hashed; when they are not, because the file was copied, touched or alte
 
 A change within one tick of the kernel's clock after another leaves no trace in `ctime`. Therefore a file is
 read only once its `ctime` is older than a tick (`_wait_until_settled`): whatever changes it from then on
-has a later time, and so does not match the seal.
+has a later time, and so does not match the seal. That holds when the clock is set forward, too.
 
 What seals cannot notice, a full verification does: decay of the medium, writes to the device below the file
 system, a clock that root has set back, and, on tmpfs, writes through a shared memory mapping.
