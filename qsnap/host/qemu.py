@@ -24,6 +24,7 @@ from qsnap.errors import HostError, QemuError
 from qsnap.model import Accelerator
 
 KVM_PROBE_TIMEOUT_S = 15.0
+DYING_S = 0.3
 
 # mov ax, 10h; mov dx, 501h; out dx, ax; hlt: ends QEMU with status 2 * 0x10 + 1 through isa-debug-exit
 _PROBE_CODE = bytes((0xB8, 0x10, 0x00, 0xBA, 0x01, 0x05, 0xEF, 0xF4))
@@ -113,11 +114,12 @@ async def end_process(process: Process) -> None:
     reap(process)
 
 
-async def wait_ended(process: Process) -> None:
-    """Return when the process has ended."""
-    with open_pidfd(process) as fd:
+async def has_ended(process: Process) -> bool:
+    """Whether the process is gone. One that was killed a moment ago takes its time to end, and is waited for."""
+    with trio.move_on_after(DYING_S), open_pidfd(process) as fd:
         if fd is not None:
             await trio.lowlevel.wait_readable(fd)
+    return not process.is_alive()
 
 
 def find_processes(marks: Sequence[str]) -> list[Process]:

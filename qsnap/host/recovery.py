@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import trio
-from attrs import evolve
+from attrs import evolve, frozen
 
 from qsnap.errors import BusyError, IntegrityError, QsnapError, StateError
 from qsnap.host.bridges import open_links
@@ -24,7 +24,7 @@ from qsnap.host.disks import DiskCut
 from qsnap.host.journal import Interrupted, Journal, Kind, Member, Operation
 from qsnap.host.owner import put_back
 from qsnap.host.place import Place
-from qsnap.host.qemu import end_process, find_processes
+from qsnap.host.qemu import end_process, find_processes, has_ended
 from qsnap.host.qmp import QemuGoneError, Qmp, open_loop, open_qmp
 from qsnap.host.rescue import release_memory
 from qsnap.host.runtime import LiveDisk, LiveVM, LiveVNE, Runtime
@@ -127,51 +127,63 @@ async def put_snapshot_right(
     if (vne, found.operation.snapshot) in await store.names(vne):
         runtime.save(settled(live, found.members))
         return
-    calls = [
-        partial(_undo, live.find(each.vm), each, runtime, vne, sessions or {}, readers or {}) for each in found.members
-    ]
-    kept = [each for each in await run_each(calls) if each is not None]
-    if kept:
-        live = with_layers(live, kept)
-        runtime.save(live)
+    directory = store.root / vne / snapshot_dir(found.operation.snapshot)
+    undoing = _Undoing(live, runtime, directory, sessions or {}, readers or {})
+    kept = await run_each([partial(undoing.bring_back, member) for member in found.members])
+    live = with_layers(live, filter(None, kept))
+    runtime.save(live)
     await _move_back(live)
     await _end_receivers(store, vne, found.operation.snapshot)
     await _collect(vne, live.store, live.layers_in_use())
 
 
-async def _undo(
-    live: LiveVM,
-    member: Member,
-    runtime: Runtime,
-    vne: str,
-    sessions: Mapping[str, Qmp],
-    readers: Mapping[str, Reader],
-) -> Member | None:
-    """Bring one VM back. Where its new disk layers cannot be merged back it keeps them, and they are returned."""
-    async with AsyncExitStack() as stack:
+@frozen
+class _Undoing:
+    """A snapshot being undone; `directory` is where its receivers write."""
+
+    live: LiveVNE
+    runtime: Runtime
+    directory: Path
+    sessions: Mapping[str, Qmp]
+    readers: Mapping[str, Reader]
+
+    async def bring_back(self, member: Member) -> Member | None:
+        """Bring one VM back. Where its new disk layers cannot be merged back it keeps them, and they are returned."""
+        vm = self.live.find(member.vm)
         try:
-            qmp = sessions.get(live.vm.name)
-            if qmp is None:
-                path = runtime.qmp_path(vne, live.vm.name)
-                qmp = await stack.enter_async_context(open_qmp(path, vm=live.vm.name))
-            legacy = must_read_to_end(live.qemu_version)
-            # in another process nothing is left to be done but to wait: the receiver reads on, or QEMU sees it gone
-            read_rest = readers.get(live.vm.name, trio.sleep_forever) if legacy else None
-            await abandon(qmp, running=member.running, read_rest=read_rest)
-            if legacy:
-                await release_memory(live.process)
-            if live.settings:
-                await put_back(qmp, live.settings)
-            try:
-                await DiskCut(qmp, member.overlays).undo()
-            except QemuGoneError:
-                raise
-            except QsnapError as error:
-                log.warning("VM %s keeps the disk layers of an undone snapshot: %s", live.vm.name, error)
-                return member
+            async with self._session(vm) as qmp:
+                await self._abandon(qmp, vm, member)
+                if vm.settings:
+                    await put_back(qmp, vm.settings)
+                try:
+                    await DiskCut(qmp, member.overlays).undo()
+                except QemuGoneError:
+                    raise
+                except QsnapError as error:
+                    log.warning("VM %s keeps the disk layers of an undone snapshot: %s", member.vm, error)
+                    return member
         except QemuGoneError:
-            pass  # nothing is left to bring back
-    return None
+            if not await has_ended(vm.process):
+                raise  # it does not answer now: the journal stays until it does
+        return None
+
+    @asynccontextmanager
+    async def _session(self, vm: LiveVM) -> AsyncIterator[Qmp]:
+        if qmp := self.sessions.get(vm.vm.name):
+            yield qmp
+            return
+        if must_read_to_end(vm.qemu_version) and not find_processes([f"{self.directory / vm.vm.name}"]):
+            await release_memory(vm.process)  # nobody reads its stream: QEMU itself may stand still, and not answer
+        async with open_qmp(self.runtime.qmp_path(self.live.vne.name, vm.vm.name), vm=vm.vm.name) as qmp:
+            yield qmp
+
+    async def _abandon(self, qmp: Qmp, vm: LiveVM, member: Member) -> None:
+        if not must_read_to_end(vm.qemu_version):
+            await abandon(qmp, running=member.running)
+            return
+        # in another process nothing is left to be done but to wait: the receiver reads on, or QEMU sees it gone
+        await abandon(qmp, running=member.running, read_rest=self.readers.get(member.vm, trio.sleep_forever))
+        await release_memory(vm.process)
 
 
 async def _move_back(live: LiveVNE) -> None:

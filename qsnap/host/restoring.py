@@ -18,7 +18,7 @@ from qsnap.host.bridges import check_networking
 from qsnap.host.journal import Kind, Operation
 from qsnap.host.lifecycle import choose_rams
 from qsnap.host.place import Place, Progress, no_progress
-from qsnap.host.qemu import kvm_works, last_words, program_version, wait_ended
+from qsnap.host.qemu import has_ended, kvm_works, last_words, program_version
 from qsnap.host.qmp import Qmp, open_qmp
 from qsnap.host.recovery import exclusive
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
@@ -33,7 +33,6 @@ from qsnap.rules.engine import Version, precopy_is_safe
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}  #: ms; as QEMU does after a migration
 STANDSTILL_S = 120.0  #: QEMU may take its time for a long stream, but not for a piece of it
 PIECE_BYTES = 1 << 20
-DYING_S = 0.3
 
 
 @frozen
@@ -98,9 +97,8 @@ async def _refuse_running(vne: str, runtime: Runtime) -> None:
     if vne not in runtime.names():
         return
     live = runtime.load(vne)
-    with trio.move_on_after(DYING_S):  # a process that was killed a moment ago takes its time to end
-        await run_all([partial(wait_ended, vm.process) for vm in live.vms])
-    alive = [vm.vm.name for vm in live.vms if vm.process.is_alive()]
+    ended = await run_all([partial(has_ended, vm.process) for vm in live.vms])
+    alive = [vm.vm.name for vm, gone in zip(live.vms, ended, strict=True) if not gone]
     if alive:
         advice = f"Take it down first: qsnap down {vne}"
         if live.vne.attached:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from qsnap.host.qemu import find_processes
 from qsnap.host.qmp import open_loop, open_qmp
 from qsnap.rules.colouring import bridge_name, tap_name
 from tests.live.lab import GUEST, QEMU_7, QEMU_11, ROOT, finish, make_vne, open_consoles, statuses, wait_ready
+from tests.live.test_faults import check_unharmed, receivers, wait_half_way
 
 MOST_STEPS = 200
 QUIET = {"rate_mb": 2, "udp": 20}  #: other tests are about guests under load
@@ -243,3 +245,21 @@ async def test_rm(place: qsnap.Place, base: Path) -> None:
         await qsnap.snapshot("lab", "doomed", place=place)
         await kill_at_each_step(check, place, "remove", "lab", "doomed")
         await check_running(place, 1)
+
+
+@pytest.mark.parametrize("vne", ["seven", "eleven"])
+async def test_with_all_its_receivers(vne: str, golden: qsnap.Place, eleven: qsnap.Place, seven: qsnap.Place) -> None:
+    """Nobody is left to read the streams, or to notice. A QEMU before 8.1 may not even answer then (decision 0007)."""
+    await qsnap.restore(vne, "booted", place=golden)
+    command = [sys.executable, "-m", "tests.live.killing", "0", str(golden.run), str(golden.store)]
+    words = ["snapshot", vne, "doomed", "engine=background"]
+    doomed = await trio.lowlevel.open_process([*command, *words], cwd=ROOT)
+    try:
+        await wait_half_way(golden.store / vne / "snapshots/doomed/vm1")
+        for process in receivers(golden.store / vne):
+            os.kill(process.pid, SIGKILL)
+    finally:
+        doomed.kill()
+        await doomed.wait()
+    assert await qsnap.recover(vne, place=golden) == (vne,)
+    await check_unharmed(vne, golden, ["running"] * 3)
