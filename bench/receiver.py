@@ -155,7 +155,6 @@ async def receive(pieces: list[bytes], memory_mib: int, peak: Peak) -> float:
                 backed=(RAM_ID,),
                 ram_limit_bytes=memory_mib << 20,
                 keeps_reading=False,
-                yields=False,
                 heir=(),
                 on_bytes=lambda count: None,
             )

@@ -255,7 +255,6 @@ class Background(Capture):
             await cont(self.qmp)
         elif not self.was_running:
             await self.qmp.execute("stop")
-        await self.daemon.go()
 
     async def complete(self) -> Captured:
         receipt, _ = await self._finish()

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,6 @@ class Daemon:
         await self.tracking.wait()
         if self.failure is not None:
             raise self.failure
-
-    async def go(self) -> None:
-        """Let a receiver that yields read on."""
-        with suppress(trio.BrokenResourceError):  # it died, which is noticed elsewhere
-            await self.status.send_all(b"g")
 
     async def wait_done(self) -> dict[str, Any]:
         """The daemon's last message, once everything is in its files. Raises what it failed with."""
@@ -126,7 +121,6 @@ async def open_daemon(
     backed: tuple[str, ...],
     ram_limit_bytes: int,
     keeps_reading: bool,
-    yields: bool,
     heir: Sequence[str],
     on_bytes: Callable[[int], None],
     record_limit_bytes: int | None = None,
@@ -134,15 +128,13 @@ async def open_daemon(
     """Start a receiver for one VM that writes into `directory`, and yield it with the descriptor for QEMU.
 
     The caller closes its copy of that descriptor once QEMU has it. With `keeps_reading` the stream never breaks,
-    whatever becomes of the receiver and of qsnap. With `yields` the receiver waits after `tracking` for `go`. Should
-    qsnap die, the receiver starts the command `heir`. With `record_limit_bytes` the stream is kept as it comes, up to
-    that size. The process is gone when this ends.
+    whatever becomes of the receiver and of qsnap. Should qsnap die, the receiver starts the command `heir`. With
+    `record_limit_bytes` the stream is kept as it comes, up to that size. The process is gone when this ends.
     """
     stream_in, stream_out = os.pipe()
     options = [
         *_options(directory, backed, ram_limit_bytes),
         *(("--keep-reading",) if keeps_reading else ()),
-        *(("--yields",) if yields else ()),
         *("--heir", json.dumps(heir)),
         *(("--record-limit", str(record_limit_bytes)) if record_limit_bytes is not None else ()),
     ]

@@ -5,8 +5,7 @@ It is a process of its own because it is CPU-bound, and synchronous because it d
     python -m qsnap.host.receiver --stream FD --status FD --directory DIR --backed pc.ram --ram-limit BYTES
 
 and exchanges JSON lines over the status descriptor. From the receiver: `ready`, `tracking` (the first RAM record
-has come, so the source's state is captured), `progress`, and at last `done` or `error`. From the parent: with
-`--yields`, one byte after `tracking`, once the VM runs again.
+has come, so the source's state is captured), `progress`, and at last `done` or `error`. The parent sends nothing.
 
 With `--record-limit BYTES` the stream goes into one file as it is, and nothing is made of it.
 
@@ -199,11 +198,6 @@ class Status:
             self._progress_due = now + _PROGRESS_S
             self.send("progress", bytes=stream_bytes)
 
-    def wait_go(self) -> None:
-        """Until the parent says that the VM runs: for these milliseconds it needs the processor more than we do."""
-        if not os.read(self.fd, 1):
-            raise ParentGoneError
-
 
 class Inlet:
     """The stream's descriptor, which is read for as long as there is a parent."""
@@ -224,9 +218,8 @@ class Inlet:
 class Receiver:
     """Reads the stream, applies it to the snapshot, and answers both sides."""
 
-    def __init__(self, inlet: Inlet, status: Status, snapshot: Snapshot, reader: StreamReader, *, yields: bool) -> None:
+    def __init__(self, inlet: Inlet, status: Status, snapshot: Snapshot, reader: StreamReader) -> None:
         self._inlet = inlet
-        self._yields = yields
         self._status = status
         self._snapshot = snapshot
         self._reader = reader
@@ -244,8 +237,6 @@ class Receiver:
             if isinstance(event, PageRun | ZeroRun) and not self._tracking:
                 self._tracking = True
                 self._status.send("tracking")
-                if self._yields:
-                    self._status.wait_go()
             self._snapshot.apply(event)
 
     def _receive_more(self) -> None:
@@ -266,7 +257,6 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tail-limit", type=int, default=_TAIL_LIMIT_BYTES, metavar="BYTES")
     parser.add_argument("--target-page-size", type=int, default=4096, metavar="BYTES")
     parser.add_argument("--record-limit", type=int, metavar="BYTES", help="keep the stream as it is, up to this size")
-    parser.add_argument("--yields", action="store_true", help="after `tracking`, wait until the parent says go")
     parser.add_argument("--keep-reading", action="store_true", help="read the stream to its end if the parent dies")
     parser.add_argument("--heir", type=json.loads, default=[], metavar="JSON", help="what to start if the parent dies")
     return parser.parse_args(arguments)
@@ -327,7 +317,7 @@ def _keep_newest(options: argparse.Namespace, inlet: Inlet, status: Status) -> N
     reader = StreamReader(**limits, target_page_size=options.target_page_size)
     snapshot = Snapshot(options.directory, options.backed)
     status.send("ready")
-    Receiver(inlet, status, snapshot, reader, yields=options.yields).run()
+    Receiver(inlet, status, snapshot, reader).run()
     status.send("done", **snapshot.finish())
 
 

@@ -36,7 +36,7 @@ from qsnap.host.recovery import Reader, exclusive, put_snapshot_right, recovery_
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import find_qemu_img, new_layer_path
 from qsnap.host.store import Store
-from qsnap.host.tasks import run_all
+from qsnap.host.tasks import run_all, undisturbed
 from qsnap.model import Colour, Cut, DiskImage, Engine, RamBlockFile, Snapshot, StoredFile, VMSnapshot, vm_as_own
 from qsnap.rules.colouring import Move, plan_direction, plan_moves, plan_return
 from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine, keeps_paused, must_read_to_end
@@ -213,11 +213,12 @@ class _Saving:
         return capture
 
     async def _make_cut(self, members: list[Saved]) -> None:
-        if self.cut is Cut.BARRIER:
-            await run_all([partial(self._stop, member) for member in members])
-            await run_all([member.capture.resume for member in members])
-        else:
-            await run_all([partial(self._stop_and_resume, member) for member in members])
+        with undisturbed():
+            if self.cut is Cut.BARRIER:
+                await run_all([partial(self._stop, member) for member in members])
+                await run_all([member.capture.resume for member in members])
+            else:
+                await run_all([partial(self._stop_and_resume, member) for member in members])
 
     async def _stop_and_resume(self, member: Saved) -> None:
         await self._stop(member)

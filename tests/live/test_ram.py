@@ -46,7 +46,6 @@ async def capture_and_compare(live: LiveVM, qmp_path: str, engine: Engine, direc
             backed=(RAM_ID,),
             ram_limit_bytes=1 << 30,
             keeps_reading=False,
-            yields=engine is Engine.BACKGROUND,
             heir=(),
             on_bytes=lambda done: None,
         )
