@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         StateError,
         StreamError,
     )
+    from qsnap.host.abilities import Ability, abilities
     from qsnap.host.attaching import AttachReport, attach, detach
     from qsnap.host.catalogue import remove, show, snapshots, verify
     from qsnap.host.converting import convert
@@ -59,6 +60,10 @@ _HOMES = {
         "QsnapError",
         "StateError",
         "StreamError",
+    ),
+    "qsnap.host.abilities": (
+        "Ability",
+        "abilities",
     ),
     "qsnap.host.attaching": (
         "AttachReport",
@@ -127,6 +132,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "VM",
     "VNE",
+    "Ability",
     "Accelerator",
     "AttachRefusedError",
     "AttachReport",
@@ -154,6 +160,7 @@ __all__ = [
     "VMSnapshot",
     "VMStatus",
     "VNEStatus",
+    "abilities",
     "attach",
     "console_path",
     "convert",

@@ -81,7 +81,7 @@ def finish(settings: Settings, answer: Answer | None) -> None:
 def up(settings: Settings, lab: str) -> Answer:
     """Start the VNE that LAB.toml describes.
 
-    All its VMs and networks live in a network namespace of their own. Needs root.
+    All its VMs and networks live in a network namespace of their own.
     """
     vne = qsnap.load_description(lab)
     status = call_with_bars(settings, qsnap.up, vne)
@@ -167,7 +167,7 @@ def snapshot(settings: Settings, vne: str, name: str | None, engine: qsnap.Engin
 @click.option("--paused", is_flag=True, help="Load the VMs and leave them paused.")
 @click.pass_obj
 def restore(settings: Settings, vne: str, name: str, ram: qsnap.RamMode, qemu: str | None, paused: bool) -> Answer:
-    """Start a VNE as it was when NAME was saved. Needs root.
+    """Start a VNE as it was when NAME was saved.
 
     The VNE must not be running.
     """
@@ -277,6 +277,18 @@ def recover(settings: Settings, vne: str | None) -> Answer:
     """
     done = call(settings, qsnap.recover, vne)
     return Answer(done, f"Put right: {', '.join(done)}." if done else "Nothing had to be put right.")
+
+
+@cli.command(example="qsnap host")
+@click.option("--qemu", default="qemu-system-x86_64", show_default=True, metavar="PATH", help="The QEMU to ask.")
+@click.pass_obj
+def host(settings: Settings, qemu: str) -> Answer:
+    """Try out what this host and you can do, and say how to come by the rest.
+
+    QEMU and networks are needed. The others make things faster.
+    """
+    found = trio.run(partial(qsnap.abilities, qemu=qemu))
+    return Answer(found, tables.abilities_text(found))
 
 
 @cli.command(example="qsnap console lab alice")

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qsnap import AttachReport, Report, RestoreReport, Snapshot, VMStatus, VNEStatus
+from qsnap import Ability, AttachReport, Report, RestoreReport, Snapshot, VMStatus, VNEStatus
 from qsnap.model import DiskImage, StoredFile, VMSnapshot, version_text
 from qsnap.rules.figures import discrepancy_ms, longest_downtime_ms, reasons, stored_bytes
 from qsnap.rules.manifest import files_in
@@ -54,7 +54,7 @@ def _status_row(vne: VNEStatus, vm: VMStatus) -> tuple[Cell, ...]:
         vm.accelerator.value,
         version_text(vm.qemu_version),
         size_text(vm.memory_bytes),
-        vne.netns,
+        vne.netns or NOTHING,
     )
 
 
@@ -193,6 +193,18 @@ def with_next(text: RenderableType, *hints: tuple[str, str]) -> RenderableType:
     for purpose, command in hints:
         table.add_row(f"{purpose}:", command)
     return Group(text, "", table)
+
+
+def abilities_text(abilities: Sequence[Ability]) -> RenderableType:
+    """What is here and what is not, each with what to do about it."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for ability in abilities:
+        mark = Text("yes", style="green") if ability.here else Text("no", style="yellow")
+        table.add_row(ability.name, mark, "\n".join(filter(None, (ability.finding, ability.remedy))))
+    return table
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Table:

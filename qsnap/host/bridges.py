@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import queue
 import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from pathlib import Path
 from struct import Struct
 from typing import TypeVar
 
@@ -22,38 +22,38 @@ from pyroute2.netlink.rtnl import RTM_SETLINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from qsnap.errors import HostError
-from qsnap.host.netns import run_in_netns
+from qsnap.host.netns import Opener, run_with_opener
+from qsnap.host.netns_helper import NETLINK, TUN
 from qsnap.rules.colouring import AddBridge, AddLink, AddTap, LinkStep, Move, Remove, SetPort
 
 T = TypeVar("T")
 
-TUN_DEVICE = "/dev/net/tun"
 _ANSWER = Struct("=I12xi")  # nlmsghdr.nlmsg_len, then nlmsgerr.error: 0 or a negative errno (linux/netlink.h)
 _ANSWER_BYTES = 1 << 16
 USUAL_PORT = {  # a port that was taken off a bridge comes back as new, so what differs from this would be lost
     **dict.fromkeys(("LEARNING", "UNICAST_FLOOD", "MCAST_FLOOD", "BCAST_FLOOD"), 1),
     **dict.fromkeys(("MODE", "GUARD", "PROTECT", "FAST_LEAVE", "ISOLATED", "LOCKED", "NEIGH_SUPPRESS"), 0),
 }
-NEEDED_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}  #: bits, from linux/capability.h
+_INTERFACE = Struct("16sH22x")  # ifreq: ifr_name, ifr_flags (linux/if.h)
+_TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB  # linux/if_tun.h
+_IFF_TAP, _IFF_NO_PI = 0x0002, 0x1000
 
 
 def check_networking() -> None:
-    """Raise HostError if this process may not make networks, or this host can make no taps."""
-    status = Path("/proc/self/status").read_text()
-    effective = int(status.partition("\nCapEff:")[2].split()[0], 16)
-    lacking = [name for name, bit in NEEDED_CAPABILITIES.items() if not effective >> bit & 1]
-    if lacking:
-        raise HostError(f"making networks takes {' and '.join(lacking)}", advice="Run qsnap as root.")
-    if not os.access(TUN_DEVICE, os.R_OK | os.W_OK):
-        reason = "cannot be opened" if os.path.exists(TUN_DEVICE) else "is missing"
-        raise HostError(f"it {reason}, and VMs need taps", where=TUN_DEVICE, advice="Load the kernel module tun.")
+    """Raise HostError if this process can make no taps."""
+    if not os.path.exists(TUN):
+        raise HostError("it is missing, and VMs need taps", where=TUN, advice="Load the kernel module tun.")
+    if not os.access(TUN, os.R_OK | os.W_OK):
+        advice = f"Root can open it to all, as Debian has it: chmod 666 {TUN}. Or run qsnap as root."
+        raise HostError("it cannot be opened, and VMs need taps", where=TUN, advice=advice)
 
 
 @define
 class Kernel:
-    """An open netlink socket, and the interface indices it was asked for so far."""
+    """An open netlink socket, what opens more in its namespace, and the interface indices asked for so far."""
 
     ip: IPRoute
+    open: Opener
     indices: dict[str, int] = field(factory=dict)
 
     def index(self, name: str) -> int:
@@ -166,9 +166,10 @@ class Links:
             raise failures[0]
         return results[0]
 
-    def _serve(self) -> None:
-        with IPRoute() as ip:
-            kernel = Kernel(ip)
+    def _serve(self, ready: trio.Event, opener: Opener) -> None:
+        with IPRoute(fileno=opener(NETLINK)) as ip:
+            kernel = Kernel(ip, opener)
+            trio.from_thread.run_sync(ready.set)
             while (job := self._jobs.get()) is not None:
                 job(kernel)
 
@@ -178,8 +179,10 @@ async def open_links(netns: str) -> AsyncIterator[Links]:
     """Links of the namespace, ready for steps whose time counts."""
     links = Links(netns)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run_in_netns, netns, links._serve)
+        ready = trio.Event()
+        nursery.start_soon(run_with_opener, netns, partial(links._serve, ready))
         try:
+            await ready.wait()  # what fails to open cancels this; a job would wait for ever
             yield links
         finally:
             links._jobs.put(None)
@@ -198,7 +201,7 @@ def _prepare(kernel: Kernel, moves: Sequence[Move], netns: str) -> PreparedMoves
             message["header"]["flags"] = NLM_F_REQUEST | NLM_F_ACK
             message.encode()
             request += message.data
-        netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        netlink = socket.socket(fileno=kernel.open(NETLINK))
     return PreparedMoves(netlink, request, len(moves), netns)
 
 
@@ -235,7 +238,12 @@ def _add_bridge(kernel: Kernel, step: AddBridge) -> None:
 
 
 def _add_tap(kernel: Kernel, step: AddTap) -> None:
-    kernel.ip.link("add", ifname=step.name, kind="tuntap", mode="tap")
+    tun = kernel.open(TUN)
+    try:
+        fcntl.ioctl(tun, _TUNSETIFF, _INTERFACE.pack(step.name.encode(), _IFF_TAP | _IFF_NO_PI))
+        fcntl.ioctl(tun, _TUNSETPERSIST, 1)
+    finally:
+        os.close(tun)
     kernel.set(step.name, mtu=step.mtu, ifalias=step.alias, master=kernel.index(step.bridge), state="up")
 
 

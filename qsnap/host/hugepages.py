@@ -66,6 +66,8 @@ class HugePages:
             missing = pages - free_pages()
             if missing <= 0:
                 return
+            if not os.access(_POOL / "nr_hugepages", os.W_OK):
+                raise _refusal(pages, "only root may")
             try:
                 self._resize(vne, missing)
             except OSError as error:
@@ -130,7 +132,7 @@ def _refusal(pages: int, reason: str) -> HostError:
     return HostError(
         f"cannot reserve {pages} huge pages: {reason}",
         where=str(_POOL / "nr_hugepages"),
-        advice='Set backing = "anonymous", or free memory and reserve them: sysctl vm.nr_hugepages=N',
+        advice='Set backing = "anonymous", or free memory and have root reserve them: sysctl vm.nr_hugepages=N',
     )
 
 

@@ -45,7 +45,11 @@ class VMStatus:
 
 @frozen
 class VNEStatus:
-    """A VNE that was brought up. `netns` is the network namespace that holds its VMs and networks."""
+    """A VNE that was brought up.
+
+    `netns` is the network namespace that holds its VMs and networks: a name; or without root the path
+    /proc/PID/ns/net, and nothing once all VMs are dead.
+    """
 
     name: str
     netns: str
@@ -78,7 +82,6 @@ async def _bring_up(live: LiveVNE, runtime: Runtime, progress: Progress) -> None
     if asked:
         runtime.huge_pages().reserve(live.vne.name, asked)
     rams = choose_rams(live.vne.vms, hugepages.free_pages() - asked)
-    await build_networks(live)
     starts = [
         Start(
             vm=vm,
@@ -90,7 +93,8 @@ async def _bring_up(live: LiveVNE, runtime: Runtime, progress: Progress) -> None
         )
         for index, (vm, ram) in enumerate(zip(live.vne.vms, rams, strict=True))
     ]
-    vms = await run_all([partial(_start, live, runtime, start, progress) for start in starts])
+    async with build_networks(live) as live:
+        vms = await run_all([partial(_start, live, runtime, start, progress) for start in starts])
     live = evolve(live, vms=tuple(vms))
     runtime.save(live)
     await set_going(live, runtime)
@@ -144,7 +148,7 @@ async def status(vne: str, *, place: Place | None = None) -> VNEStatus:
     with one_error():
         async with open_loop():
             vms = await run_all([partial(_vm_status, vm, runtime, vne) for vm in live.vms])
-    return VNEStatus(vne, live.netns, live.active, live.store, tuple(vms))
+    return VNEStatus(vne, live.way_in(), live.active, live.store, tuple(vms))
 
 
 async def statuses(*, place: Place | None = None) -> tuple[VNEStatus, ...]:

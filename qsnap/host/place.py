@@ -20,10 +20,11 @@ def no_progress(stage: str, vm: str, done: int, total: int) -> None:
 
 
 def default_run_dir() -> Path:
-    """`/run/qsnap` for root, else a directory of the user's own."""
+    """`/run/qsnap` for root, else in the session's runtime directory, or below /tmp where there is none."""
     if os.geteuid() == 0:
         return USUAL_ROOT
-    return Path(os.environ.get("XDG_RUNTIME_DIR", f"/tmp/qsnap-{os.geteuid()}")) / "qsnap"
+    session = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(session, "qsnap") if session else Path(f"/tmp/qsnap-{os.geteuid()}")
 
 
 def default_store_dir() -> Path:

@@ -60,14 +60,16 @@ def find_program(name: str) -> str:
     return os.path.abspath(path)
 
 
-async def start_qemu(command: list[str], *, netns: str, directory: str, vm: str, fds: Iterable[int] = ()) -> Process:
-    """Start QEMU in the namespace mounted at `netns`, and wait until its QMP socket answers.
+async def start_qemu(
+    command: list[str], *, enter: list[str], directory: str, vm: str, fds: Iterable[int] = ()
+) -> Process:
+    """Start QEMU in the namespace that the command `enter` leads into, and wait until its QMP socket answers.
 
     Its output goes to `qemu.log` in `directory`; the descriptors `fds` are inherited under their numbers.
     Raises QemuError with QEMU's own words if it ends at once.
     """
     log = os.path.join(directory, "qemu.log")
-    argv = ["nsenter", f"--net={netns}", "--", find_program(command[0]), *command[1:]]
+    argv = [*enter, find_program(command[0]), *command[1:]]
     spawned_s = time.time()
     pid = _spawn(argv, log, tuple(fds))
     process = evolve(process_of(pid), spawned_s=spawned_s)
@@ -183,7 +185,7 @@ async def choose_accelerator(wish: Accelerator, qemu: str) -> Accelerator:
         raise HostError(
             "KVM does not run a guest here",
             where="/dev/kvm",
-            advice='Set accelerator = "tcg" or "auto"; or enable virtualisation and access to /dev/kvm.',
+            advice='Set accelerator = "tcg" or "auto"; or enable virtualisation, and join the group of /dev/kvm.',
         )
     return Accelerator.TCG
 

@@ -188,8 +188,9 @@ class _Undoing:
 
 async def _move_back(live: LiveVNE) -> None:
     moves = [move for vm in live.vms for move in plan_moves(live.vne, vm.vm.name, live.active)]
-    async with open_links(live.netns) as links:
-        await links.apply([*plan_direction(live.vne, live.active), *moves])
+    if netns := live.way_in():  # one without a name has gone with the last VM
+        async with open_links(netns) as links:
+            await links.apply([*plan_direction(live.vne, live.active), *moves])
 
 
 async def _collect(vne: str, store: str, in_use: Iterable[str]) -> None:

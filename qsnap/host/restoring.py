@@ -145,9 +145,8 @@ class _Restoring:
         await self._check_accelerators()
         if self.qemu:
             self.version = await program_version(self.qemu)
-        await build_networks(live)
         self.rams = _empty_rams(self.saved)
-        async with self.sessions:
+        async with build_networks(live) as live, self.sessions:
             calls = [partial(self._load, live, index, vm) for index, vm in enumerate(self.saved.vms)]
             loaded = await run_all(calls)
             self.runtime.save(evolve(live, vms=tuple(vm for vm, _ in loaded)))
@@ -167,7 +166,7 @@ class _Restoring:
                 raise HostError(
                     "it was saved under KVM, which does not run guests here",
                     where=f"VM {vm.vm.name}",
-                    advice="Restore it on a host with KVM.",
+                    advice="Restore it on a host with KVM, as a user in the group of /dev/kvm.",
                 )
 
     async def _load(self, live: LiveVNE, index: int, saved: VMSnapshot) -> tuple[LiveVM, Qmp]:

@@ -57,6 +57,7 @@ class LiveVM:
 class LiveVNE:
     """A VNE that was brought up, or attached to.
 
+    `netns` is the name of its namespace, or the path by which one without a name was known when it was made.
     `barrier_only` is why colours cannot be kept on the bridges of somebody else's, if so.
     """
 
@@ -66,6 +67,13 @@ class LiveVNE:
     active: Colour
     vms: tuple[LiveVM, ...]
     barrier_only: str = ""
+
+    def way_in(self) -> str:
+        """The name or path of the namespace now: without a name, that of a VM that lives, or nothing if none does."""
+        if "/" not in self.netns or self.vne.attached or not self.vms:
+            return self.netns
+        alive = (vm.process.pid for vm in self.vms if vm.process.is_alive())
+        return next((f"/proc/{pid}/ns/net" for pid in alive), "")
 
     def layers_in_use(self) -> tuple[str, ...]:
         """All disk layers that a VM has open, relative to the VNE's directory in the store."""
@@ -183,13 +191,20 @@ class Runtime:
 
     @contextmanager
     def locked(self, vne: str) -> Iterator[None]:
-        """Keep every other qsnap away from this VNE. Raises BusyError at once if one is at work on it."""
+        """Keep every other qsnap away from this VNE. Raises BusyError at once if one is at work on it.
+
+        Raises HostError for a directory of another user's, who may have put it there to be written to.
+        """
         check_names(vne)
         try:
             self.root.mkdir(parents=True, mode=0o700, exist_ok=True)
+            owner = self.root.lstat().st_uid
+            if owner != os.geteuid():
+                advice = "Choose another --run-dir, or run qsnap as that user."
+                raise HostError(f"it belongs to user {owner}", where=str(self.root), advice=advice)
             fd = os.open(self.root / f"{vne}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            advice = "Run qsnap as root, or choose another --run-dir."
+            advice = "Choose another --run-dir."
             raise HostError(error.strerror or str(error), where=str(self.root), advice=advice) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

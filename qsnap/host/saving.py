@@ -114,7 +114,7 @@ class _Saving:
         self.directory = await self.store.begin(vne, self.name)
         async with (
             trio.open_nursery() as self.nursery,
-            open_links(self.live.netns) as self.links,
+            open_links(self.live.way_in()) as self.links,
             self.sessions,
         ):
             try:

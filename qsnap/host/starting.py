@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from qsnap.errors import QemuError
 from qsnap.host.bridges import open_links
 from qsnap.host.disks import create_overlay
-from qsnap.host.netns import create_netns, netns_path, remove_netns
+from qsnap.host.netns import enter_command, make_netns, remove_netns
 from qsnap.host.qemu import Process, find_program, start_qemu
 from qsnap.host.qmp import Qmp
 from qsnap.host.runtime import LiveDisk, LiveVM, LiveVNE, Runtime
@@ -60,12 +62,17 @@ class Start:
     incoming: bool = False
 
 
-async def build_networks(live: LiveVNE) -> None:
-    """Make the namespace of a VNE with all its bridges, links and taps. One that a crash left behind goes first."""
+@asynccontextmanager
+async def build_networks(live: LiveVNE) -> AsyncIterator[LiveVNE]:
+    """Make the namespace of a VNE with all its bridges, links and taps. One that a crash left behind goes first.
+
+    The VMs must be started inside the block: without privileges nothing else keeps the namespace.
+    """
     await remove_netns(live.netns)
-    await create_netns(live.netns)
-    async with open_links(live.netns) as links:
-        await links.apply(plan_networks(live.vne, live.active))
+    async with make_netns(live.netns) as netns:
+        async with open_links(netns) as links:
+            await links.apply(plan_networks(live.vne, live.active))
+        yield evolve(live, netns=netns)
 
 
 async def new_layer_path(store: str, vne: str, vm: str, disk: int) -> str:
@@ -94,7 +101,8 @@ async def start_process(live: LiveVNE, runtime: Runtime, start: Start) -> tuple[
     )
     command = plan_command(vm, f"{live.vne.name}/{vm.name}", start.hardware, start.accelerator, backends)
     fds = [block.ram.fd for block in start.ram if isinstance(block.ram, FilledRam)]
-    process = await start_qemu(command, netns=netns_path(live.netns), directory=str(directory), vm=vm.name, fds=fds)
+    enter = enter_command(live.netns)
+    process = await start_qemu(command, enter=enter, directory=str(directory), vm=vm.name, fds=fds)
     return process, disks
 
 

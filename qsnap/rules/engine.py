@@ -15,6 +15,10 @@ from qsnap.model import Accelerator, Engine
 
 Version = tuple[int, int, int]
 
+USERFAULTFD_ADVICE = (
+    "Root can allow it: sysctl vm.unprivileged_userfaultfd=1 or, from QEMU 8.0 on, access to /dev/userfaultfd."
+)
+
 TCG_PRECOPY_SINCE: Version = (9, 0, 0)  #: "dirty bitmap coherency with TCG memory access"; corrupt images before
 
 TRACKING_ENDS_ON_CANCEL_SINCE: Version = (8, 1, 0)
@@ -122,7 +126,7 @@ def _background_advice(reason: str) -> str:
             "--ram eager, which copies the RAM into memory of the VM's own."
         )
     if "support" in reason.lower():
-        return "The kernel has no userfaultfd write protection for QEMU: run it as root, or take precopy."
+        return f"QEMU may not use the kernel's userfaultfd. {USERFAULTFD_ADVICE} Or take precopy."
     return "Take the device away that QEMU names, or take precopy."
 
 

@@ -57,7 +57,7 @@ STEPS: tuple[tuple[Any, str], ...] = (
     (Store, "commit"),
     (Store, "_forget"),
     (Store, "collect"),
-    (starting, "create_netns"),
+    (starting, "make_netns"),
     (starting, "remove_netns"),
     (starting, "start_qemu"),
     (takedown, "end_process"),
