@@ -49,6 +49,15 @@ class Engine(Enum):
     RECORD = "record"  #: precopy migration kept as it comes, and replayed to restore; never taken by AUTO
 
 
+class DiskEngine(Enum):
+    """How a disk at the cut is kept."""
+
+    AUTO = "auto"  #: overlay where qsnap made the file that the VM writes to, else reflink, else copy
+    OVERLAY = "overlay"  #: the VM goes on with a new, empty layer; the file below stays as it was at the cut
+    REFLINK = "reflink"  #: ioctl FICLONE: the store gets a clone, the VM keeps writing to its own file
+    COPY = "copy"  #: blockdev-backup: the store gets a full copy, what the VM overwrites meanwhile is copied first
+
+
 class Cut(Enum):
     """What makes the states of several VMs one consistent state."""
 
@@ -173,17 +182,28 @@ class RamBlockFile:
 
 
 @frozen
-class DiskImage:
-    """A disk at the cut. `layers` are qcow2 files, newest first, above the description's base image `base`.
+class BaseImage:
+    """An image of the user's that layers lie on. It is not copied: size and time tell whether it is still the same."""
 
-    The base is not copied: its size and modification time tell whether it is still the same.
+    file: str
+    format: str
+    size_bytes: int
+    mtime_ns: int
+
+
+@frozen
+class DiskImage:
+    """A disk at the cut, and why it was kept by this engine.
+
+    `layers` are files of the store, newest first. All are qcow2 but for the oldest, which is of `format`: it lies on
+    `base`, or is complete where there is none.
     """
 
-    base: str
-    base_format: str
-    base_size_bytes: int
-    base_mtime_ns: int
+    engine: DiskEngine
+    reason: str
     layers: tuple[StoredFile, ...]
+    format: str
+    base: BaseImage | None
 
 
 @frozen

@@ -13,8 +13,10 @@ from qsnap.model import (
     VNE,
     Accelerator,
     Backing,
+    BaseImage,
     Cut,
     Disk,
+    DiskEngine,
     DiskImage,
     Engine,
     Measurements,
@@ -46,7 +48,8 @@ def stored(path: str, content: bytes = b"") -> StoredFile:
 
 def vm_snapshot(vm: VM, ram: StoredFile, stream: StoredFile, *layers: StoredFile) -> VMSnapshot:
     """A VM with one RAMBlock, and one disk if there are layers."""
-    disks = (DiskImage("/images/base.qcow2", "qcow2", 196624, 1700000000_000000000, layers),) if layers else ()
+    base = BaseImage("/images/base.qcow2", "qcow2", 196624, 1700000000_000000000)
+    disks = (DiskImage(DiskEngine.OVERLAY, "asked for", layers, "qcow2", base),) if layers else ()
     return VMSnapshot(
         vm=vm,
         engine=Engine.BACKGROUND,
@@ -175,7 +178,8 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
 
 def _vm_snapshot(draw: st.DrawFn, vm: VM) -> VMSnapshot:
     blocks = draw(st.lists(st.tuples(TEXTS, STORED_FILES), max_size=3))
-    layers = st.lists(STORED_FILES, max_size=3).map(tuple)
+    layers = st.lists(STORED_FILES, min_size=1, max_size=3).map(tuple)
+    bases = st.none() | st.builds(BaseImage, FILES, WORDS, st.integers(0), st.integers())
     return VMSnapshot(
         vm=vm,
         engine=draw(st.sampled_from(Engine)) if blocks else Engine.RECORD,
@@ -187,7 +191,7 @@ def _vm_snapshot(draw: st.DrawFn, vm: VM) -> VMSnapshot:
         ram=tuple(RamBlockFile(idstr, file.size_bytes, file) for idstr, file in blocks),
         device_stream=draw(STORED_FILES),
         disks=tuple(
-            draw(st.lists(st.builds(DiskImage, FILES, WORDS, st.integers(0), st.integers(), layers), max_size=2))
+            draw(st.lists(st.builds(DiskImage, st.sampled_from(DiskEngine), TEXTS, layers, WORDS, bases), max_size=2))
         ),
         was_running=draw(st.booleans()),
         measurements=draw(

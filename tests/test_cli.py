@@ -180,8 +180,8 @@ def test_show_tells_everything(run: Run) -> None:
     _, out, _ = run("show", "lab", "s1")
     vm = snapshot("s1").vms[0]
     told = (vm.vm.name, vm.reason, vm.machine_type, version_text(vm.qemu_version), vm.vm.nics[0].mac)
-    files = (vm.ram[0].file.path, vm.device_stream.path, vm.disks[0].base, vm.disks[0].layers[0].path)
-    for text in (*told, *files, *vm.hardware):
+    files = (vm.ram[0].file.path, vm.device_stream.path, "/images/base.qcow2", vm.disks[0].layers[0].path)
+    for text in (*told, *files, *vm.hardware, f"overlay: {vm.disks[0].reason}"):
         assert text in out
 
 

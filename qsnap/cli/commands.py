@@ -142,14 +142,22 @@ def ps(settings: Settings, vne: str | None) -> Answer:
 @click.argument("name", required=False)
 @choice("--engine", qsnap.Engine, qsnap.Engine.AUTO, "How the state of each VM is captured.")
 @choice("--cut", qsnap.Cut, qsnap.Cut.COLOUR, "What makes the states of all VMs one consistent state.")
+@choice("--disks", qsnap.DiskEngine, qsnap.DiskEngine.AUTO, "How the disks of each VM are kept.")
 @click.pass_obj
-def snapshot(settings: Settings, vne: str, name: str | None, engine: qsnap.Engine, cut: qsnap.Cut) -> Answer:
+def snapshot(
+    settings: Settings,
+    vne: str,
+    name: str | None,
+    engine: qsnap.Engine,
+    cut: qsnap.Cut,
+    disks: qsnap.DiskEngine,
+) -> Answer:
     """Save a running VNE as NAME; its VMs run on.
 
     Without NAME, it is called after the date and time. It is kept in the store that was given to `qsnap up`.
     """
     store = settings.place.runtime().load(vne).store
-    saved = call_with_bars(settings, qsnap.snapshot, vne, name, engine=engine, cut=cut)
+    saved = call_with_bars(settings, qsnap.snapshot, vne, name, engine=engine, cut=cut, disks=disks)
     elsewhere = {} if store == str(settings.place.store) else {"store": store}
     down = settings.command_line("down", vne)
     hints = [

@@ -144,8 +144,9 @@ def _vm_details(vm: VMSnapshot) -> RenderableType:
 
 
 def _disk(disk: DiskImage) -> str:
-    base = f"{disk.base} ({disk.base_format}, {size_text(disk.base_size_bytes)})"
-    return "\n".join([*map(_file, disk.layers), f"on {base}"])
+    base = disk.base
+    lies_on = [f"on {base.file} ({base.format}, {size_text(base.size_bytes)})"] if base else []
+    return "\n".join([f"{disk.engine.value}: {disk.reason}", *map(_file, disk.layers), *lies_on])
 
 
 def _file(file: StoredFile) -> str:

@@ -122,6 +122,7 @@ class Capture(ABC):
         with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
             await self.qmp.execute_all(("stop", {}), *self.disks.commands())
             self.move_taps()
+            await self.disks.clone()
 
     async def resume(self) -> None:
         """Let the VM run on as soon as the state at the cut is safe. It stays paused if it was found paused."""
@@ -238,6 +239,7 @@ class Background(Capture):
         calls: list[Callable[[], Awaitable[object]]] = [
             partial(self.qmp.execute_all, *commands),
             self._move_taps_once_stopped,
+            self._clone_once_flushed,
         ]
         with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
             await run_all(calls)
@@ -246,6 +248,11 @@ class Background(Capture):
         if self.was_running:
             await self.qmp.wait_event(lambda event: event.name == "STOP", since=self.mark)
         self.move_taps()
+
+    async def _clone_once_flushed(self) -> None:
+        """STOP is sent before the disks are flushed; that the migration begins shows that `stop` has done it."""
+        await self.qmp.wait_event(lambda event: event.name == "MIGRATION", since=self.mark)
+        await self.disks.clone()
 
     async def _release(self) -> None:
         if not self.keeps_paused:
@@ -280,11 +287,16 @@ class Precopy(Capture):
     async def stop(self) -> None:
         await self._start_migration()
         self.mark = self.began
-        await self._converge()
+        with one_error():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.disks.keep_settled)
+                await self._converge()
+                nursery.cancel_scope.cancel()
         with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
             await self._wait_migration("pre-switchover")
-            await self.qmp.execute_all(*self.disks.commands())
+            await self.qmp.execute_all(*self.disks.commands_before_handover())
             self.move_taps()
+            await self.disks.clone()
 
     async def _converge(self) -> None:
         """Return when QEMU has stopped the VM, or was made to."""
@@ -321,6 +333,7 @@ class Precopy(Capture):
     async def _release(self) -> None:
         await self.qmp.execute("migrate-continue", {"state": "pre-switchover"})
         await self._wait_migration("completed")
+        await self.qmp.execute_all(*self.disks.commands_after_handover())
         await cont(self.qmp)
         if not self.was_running:  # only by running does QEMU leave `postmigrate`, from which it cannot migrate again
             await self.qmp.execute("stop")

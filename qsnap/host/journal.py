@@ -19,7 +19,7 @@ from attrs import define, field, frozen
 from cattrs.preconf.json import make_converter
 
 from qsnap.errors import HostError
-from qsnap.host.disks import Overlay
+from qsnap.host.disks import DiskPlan
 
 _converter = make_converter()
 
@@ -48,11 +48,11 @@ class Operation:
 
 @frozen
 class Member:
-    """A VM that is about to be captured: whether it ran, and the disk layers that are about to be made for it."""
+    """A VM that is about to be captured: whether it ran, and what is about to be done to its disks."""
 
     vm: str
     running: bool
-    overlays: tuple[Overlay, ...]
+    disks: DiskPlan
 
 
 @frozen

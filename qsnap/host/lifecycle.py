@@ -102,9 +102,9 @@ async def _bring_up(live: LiveVNE, runtime: Runtime, progress: Progress) -> None
 
 async def _start(live: LiveVNE, runtime: Runtime, start: Start, progress: Progress) -> LiveVM:
     progress("start", start.vm.name, 0, 1)
-    process, disks = await start_process(live, runtime, start)
+    process = await start_process(live, runtime, start)
     async with open_qmp(runtime.qmp_path(live.vne.name, start.vm.name), vm=start.vm.name) as qmp:
-        started = await describe(qmp, start, process, disks)
+        started = await describe(qmp, live, start, process)
     progress("start", start.vm.name, 1, 1)
     return started
 

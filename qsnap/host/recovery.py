@@ -20,14 +20,15 @@ from attrs import evolve, frozen
 from qsnap.errors import BusyError, IntegrityError, QsnapError, StateError
 from qsnap.host.bridges import open_links
 from qsnap.host.capture import abandon
-from qsnap.host.disks import DiskCut
+from qsnap.host.disks import DiskCut, read_disks
 from qsnap.host.journal import Interrupted, Journal, Kind, Member, Operation
 from qsnap.host.owner import put_back
 from qsnap.host.place import Place
 from qsnap.host.qemu import end_process, find_processes, has_ended
 from qsnap.host.qmp import QemuGoneError, Qmp, open_loop, open_qmp
 from qsnap.host.rescue import release_memory
-from qsnap.host.runtime import LiveDisk, LiveVM, LiveVNE, Runtime
+from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
+from qsnap.host.starting import layers_directory
 from qsnap.host.store import Store
 from qsnap.host.takedown import take_down
 from qsnap.host.tasks import one_error, run_all, run_each
@@ -130,7 +131,7 @@ async def put_snapshot_right(
     directory = store.root / vne / snapshot_dir(found.operation.snapshot)
     undoing = _Undoing(live, runtime, directory, sessions or {}, readers or {})
     kept = await run_each([partial(undoing.bring_back, member) for member in found.members])
-    live = with_layers(live, filter(None, kept))
+    live = with_vms(live, filter(None, kept))
     runtime.save(live)
     await _move_back(live)
     await _end_receivers(store, vne, found.operation.snapshot)
@@ -147,8 +148,8 @@ class _Undoing:
     sessions: Mapping[str, Qmp]
     readers: Mapping[str, Reader]
 
-    async def bring_back(self, member: Member) -> Member | None:
-        """Bring one VM back. Where its new disk layers cannot be merged back it keeps them, and they are returned."""
+    async def bring_back(self, member: Member) -> LiveVM | None:
+        """Bring one VM back. Where its new disk layers cannot be merged back it keeps them, and is returned so."""
         vm = self.live.find(member.vm)
         try:
             async with self._session(vm) as qmp:
@@ -156,12 +157,13 @@ class _Undoing:
                 if vm.settings:
                     await put_back(qmp, vm.settings)
                 try:
-                    await DiskCut(qmp, member.overlays).undo()
+                    await DiskCut(qmp, member.disks).undo()
                 except QemuGoneError:
                     raise
                 except QsnapError as error:
                     log.warning("VM %s keeps the disk layers of an undone snapshot: %s", member.vm, error)
-                    return member
+                    devices = [disk.device for disk in vm.disks]
+                    return evolve(vm, disks=await read_disks(qmp, devices, await layers_directory(self.live)))
         except QemuGoneError:
             if not await has_ended(vm.process):
                 raise  # it does not answer now: the journal stays until it does
@@ -232,22 +234,12 @@ def recovery_command(runtime: Runtime, vne: str) -> list[str]:
 
 def settled(live: LiveVNE, members: Iterable[Member]) -> LiveVNE:
     """The VNE after a committed snapshot: on the other colour unless that is somebody else's, with the new layers."""
-    return evolve(with_layers(live, members), active=live.active if live.vne.attached else live.active.other)
+    disks = {member.vm: member.disks.after for member in members}
+    vms = [evolve(vm, disks=disks[vm.vm.name]) for vm in live.vms if vm.vm.name in disks]
+    return evolve(with_vms(live, vms), active=live.active if live.vne.attached else live.active.other)
 
 
-def with_layers(live: LiveVNE, members: Iterable[Member]) -> LiveVNE:
-    """The VNE with the new disk layers of these VMs on top."""
-    overlays = {member.vm: member.overlays for member in members}
-    vms = tuple(
-        evolve(
-            vm,
-            disks=tuple(
-                LiveDisk(overlay.node, (overlay.path, *disk.layers))
-                for overlay, disk in zip(overlays[vm.vm.name], vm.disks, strict=True)
-            ),
-        )
-        if vm.vm.name in overlays
-        else vm
-        for vm in live.vms
-    )
-    return evolve(live, vms=vms)
+def with_vms(live: LiveVNE, vms: Iterable[LiveVM]) -> LiveVNE:
+    """The VNE with these VMs in place of those of the same names."""
+    fresh = {vm.vm.name: vm for vm in vms}
+    return evolve(live, vms=tuple(fresh.get(vm.vm.name, vm) for vm in live.vms))

@@ -109,15 +109,15 @@ async def _refuse_running(vne: str, runtime: Runtime) -> None:
 def _check_bases(saved: Snapshot) -> None:
     """Raise IntegrityError if a base image is not the file that the layers were made on."""
     for vm in saved.vms:
-        for disk in vm.disks:
+        for base in (disk.base for disk in vm.disks if disk.base):
             try:
-                now = os.stat(disk.base)
+                now = os.stat(base.file)
             except OSError as error:
-                raise IntegrityError(f"base image of VM {vm.vm.name}: {error.strerror}", file=disk.base) from error
-            if (now.st_size, now.st_mtime_ns) != (disk.base_size_bytes, disk.base_mtime_ns):
+                raise IntegrityError(f"base image of VM {vm.vm.name}: {error.strerror}", file=base.file) from error
+            if (now.st_size, now.st_mtime_ns) != (base.size_bytes, base.mtime_ns):
                 raise IntegrityError(
                     f"the base image of VM {vm.vm.name} was changed after the snapshot",
-                    file=disk.base,
+                    file=base.file,
                     advice="Put back the image that the VNE was started with, modification time included.",
                 )
 
@@ -176,14 +176,14 @@ class _Restoring:
             ram = await self._provide_ram(saved, fds)
             disks = tuple(self._base(disk) for disk in saved.disks)
             start = Start(vm, index, saved.hardware, saved.accelerator, ram, disks, incoming=True)
-            process, layers = await start_process(live, self.runtime, start)
+            process = await start_process(live, self.runtime, start)
         path = self.runtime.qmp_path(live.vne.name, vm.name)
         qmp = await self.sessions.enter_async_context(open_qmp(path, vm=vm.name))
         # a UART that was saved while it sent waits for a listener, and without one at load it is silent for ever
         # (serial_post_load, hw/char/serial.c), so there is one until the guest runs
         console = self.runtime.console_path(live.vne.name, vm.name)
         await self.sessions.enter_async_context(await trio.open_unix_socket(console))
-        described = await describe(qmp, start, process, layers)
+        described = await describe(qmp, live, start, process)
         try:
             await feed(qmp, self._stored(saved.device_stream), partial(self.progress, "load", vm.name))
         except QemuError as error:
@@ -199,7 +199,7 @@ class _Restoring:
         return self.store.root / self.saved.vne.name / file.path
 
     def _base(self, disk: DiskImage) -> DiskBase:
-        return DiskBase(disk.base, disk.base_format, tuple(str(self._stored(layer)) for layer in disk.layers))
+        return DiskBase(str(self._stored(disk.layers[0])), disk.format if len(disk.layers) == 1 else "qcow2")
 
     async def _provide_ram(self, saved: VMSnapshot, fds: ExitStack) -> tuple[MemoryBackend, ...]:
         if saved.recorded:

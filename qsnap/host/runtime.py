@@ -18,6 +18,7 @@ from attrs import frozen
 from cattrs.preconf.json import make_converter
 
 from qsnap.errors import BusyError, HostError, StateError
+from qsnap.host.disks import LiveDisk
 from qsnap.host.hugepages import HugePages
 from qsnap.host.journal import Journal
 from qsnap.host.owner import MigrationSettings
@@ -28,14 +29,6 @@ from qsnap.rules.manifest import check_names
 USUAL_ROOT = Path("/run/qsnap")  #: of root; there a namespace is named after its VNE alone
 LONGEST_SOCKET_PATH = 107  #: sun_path less its final NUL (sys/un.h)
 _converter = make_converter()
-
-
-@frozen
-class LiveDisk:
-    """A disk of a running VM: the block node on top, and its qcow2 layers by absolute path, newest first."""
-
-    node: str
-    layers: tuple[str, ...]
 
 
 @frozen
@@ -77,8 +70,8 @@ class LiveVNE:
 
     def layers_in_use(self) -> tuple[str, ...]:
         """All disk layers that a VM has open, relative to the VNE's directory in the store."""
-        paths = (path for live in self.vms for disk in live.disks for path in disk.layers)
-        return tuple(f"disks/{os.path.basename(path)}" for path in paths)
+        files = (file for live in self.vms for disk in live.disks for file in disk.layers)
+        return tuple(f"disks/{os.path.basename(file.path)}" for file in files)
 
     def find(self, vm: str) -> LiveVM:
         """The VM of this name. Raises StateError with the names there are."""

@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import trio
-from attrs import define, field
+from attrs import define, evolve, field
 
 from qsnap.errors import IntegrityError, QsnapError, StateError
 from qsnap.host.bridges import Links, open_links
 from qsnap.host.capture import (
     Background,
     Capture,
+    Captured,
     DivergedError,
     Precopy,
     Record,
@@ -27,17 +28,17 @@ from qsnap.host.capture import (
     query_ram,
 )
 from qsnap.host.daemon import open_daemon
-from qsnap.host.disks import DiskCut, Overlay, create_overlay
+from qsnap.host.disks import DiskCut, DiskPlan, image_of, plan_disks, tidy_disks
 from qsnap.host.journal import Journal, Kind, Member, Operation
 from qsnap.host.owner import put_back, set_aside
 from qsnap.host.place import Place, Progress, no_progress
 from qsnap.host.qmp import Qmp, open_qmp
 from qsnap.host.recovery import Reader, exclusive, put_snapshot_right, recovery_command, settled
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
-from qsnap.host.starting import find_qemu_img, new_layer_path
+from qsnap.host.starting import find_qemu_img, layers_directory
 from qsnap.host.store import Store
-from qsnap.host.tasks import run_all, undisturbed
-from qsnap.model import Colour, Cut, DiskImage, Engine, RamBlockFile, Snapshot, StoredFile, VMSnapshot, vm_as_own
+from qsnap.host.tasks import one_error, run_all, undisturbed
+from qsnap.model import Colour, Cut, DiskEngine, Engine, RamBlockFile, Snapshot, StoredFile, VMSnapshot, vm_as_own
 from qsnap.rules.colouring import Move, plan_direction, plan_moves, plan_return
 from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine, keeps_paused, must_read_to_end
 from qsnap.rules.manifest import files_in
@@ -52,6 +53,7 @@ async def snapshot(
     *,
     engine: Engine = Engine.AUTO,
     cut: Cut = Cut.COLOUR,
+    disks: DiskEngine = DiskEngine.AUTO,
     place: Place | None = None,
     progress: Progress = no_progress,
 ) -> Snapshot:
@@ -73,7 +75,7 @@ async def snapshot(
                 where=f"VNE {vne}",
                 advice="Take the other cut: --cut barrier",
             )
-        return await _Saving(live, name, engine, cut, runtime, progress, journal).run()
+        return await _Saving(live, name, engine, cut, disks, runtime, progress, journal).run()
 
 
 @define
@@ -95,6 +97,7 @@ class _Saving:
     name: str
     wish: Engine
     cut: Cut
+    disk_wish: DiskEngine
     runtime: Runtime
     progress: Progress
     journal: Journal
@@ -146,31 +149,33 @@ class _Saving:
         path = self.runtime.qmp_path(self.live.vne.name, vm.vm.name)
         qmp = await self.sessions.enter_async_context(open_qmp(path, vm=vm.vm.name))
         self.qmps[vm.vm.name] = qmp
-        overlays = await self._plan_overlays(vm)
-        self.journal.add(Member(vm.vm.name, await is_running(qmp), overlays))
+        plan = await self._plan_disks(vm, qmp)
+        self.journal.add(Member(vm.vm.name, await is_running(qmp), plan))
         if vm.settings:
             await set_aside(qmp, vm.settings)
             self.sessions.push_async_callback(put_back, qmp, vm.settings)
-        facts = await gather_facts(qmp, vm, waits=self.cut is Cut.BARRIER and len(self.live.vms) > 1)
+        facts = evolve(
+            await gather_facts(qmp, vm, waits=self.cut is Cut.BARRIER and len(self.live.vms) > 1),
+            copies_disks=bool(plan.of(DiskEngine.COPY)),
+        )
         decision = choose_engine(self.wish, facts)
         self.progress("prepare", vm.vm.name, 0, 0)
-        disks = await self._prepare_disks(vm, qmp, overlays)
+        disks = DiskCut(qmp, plan)
+        await disks.prepare()
         capture = await self._begin(vm, qmp, disks, facts, decision.engine)
         return Saved(vm, facts, decision, disks, capture)
 
-    async def _plan_overlays(self, vm: LiveVM) -> tuple[Overlay, ...]:
-        overlays = []
-        for index, disk in enumerate(vm.disks):
-            path = await new_layer_path(self.live.store, self.live.vne.name, vm.vm.name, index)
-            overlays.append(Overlay(path, "layer-" + Path(path).stem.rpartition("-")[2], disk.node))
-        return tuple(overlays)
-
-    async def _prepare_disks(self, vm: LiveVM, qmp: Qmp, overlays: tuple[Overlay, ...]) -> DiskCut:
-        for overlay, disk in zip(overlays, vm.disks, strict=True):
-            await create_overlay(find_qemu_img(vm.vm.qemu), overlay.path, base=disk.layers[0], base_format="qcow2")
-        disks = DiskCut(qmp, overlays)
-        await disks.prepare()
-        return disks
+    async def _plan_disks(self, vm: LiveVM, qmp: Qmp) -> DiskPlan:
+        directory, devices = await layers_directory(self.live), [disk.device for disk in vm.disks]
+        disks = await tidy_disks(qmp, devices, directory, partial(self.progress, "merge", vm.vm.name))
+        return await plan_disks(
+            self.disk_wish,
+            vm.vm.name,
+            disks,
+            directory=directory,
+            version=vm.qemu_version,
+            qemu_img=find_qemu_img(vm.vm.qemu),
+        )
 
     async def _begin(self, vm: LiveVM, qmp: Qmp, disks: DiskCut, facts: Facts, engine: Engine) -> Capture:
         directory = self.directory / vm.vm.name
@@ -213,6 +218,7 @@ class _Saving:
         return capture
 
     async def _make_cut(self, members: list[Saved]) -> None:
+        await run_all([member.disks.settle for member in members])
         with undisturbed():
             if self.cut is Cut.BARRIER:
                 await run_all([partial(self._stop, member) for member in members])
@@ -255,8 +261,15 @@ class _Saving:
         self.runtime.save(settled(self.live, found.members))
         return saved
 
+    async def _complete(self, member: Saved) -> Captured:
+        """Wait for the rest of the state and for copies of disks; the first failure ends both."""
+        with one_error():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(member.disks.finish, partial(self.progress, "copy", member.live.vm.name))
+                return await member.capture.complete()
+
     async def _record(self, member: Saved, known: Mapping[str, StoredFile]) -> VMSnapshot:
-        captured = await member.capture.complete()
+        captured = await self._complete(member)
         vm, vne = member.live, self.live.vne.name
         folder = f"snapshots/{self.name}/{vm.vm.name}"
 
@@ -274,11 +287,7 @@ class _Saving:
         for block in captured.receipt["blocks"]:
             file = await seal(f"{folder}/{os.path.basename(block['file'])}")
             ram.append(RamBlockFile(block["idstr"], block["used_length"], file))
-        disks = []
-        for disk, described in zip(vm.disks, vm.vm.disks, strict=True):
-            layers = [await seal(f"disks/{os.path.basename(path)}") for path in disk.layers]
-            base = os.stat(described.file)
-            disks.append(DiskImage(described.file, described.format, base.st_size, base.st_mtime_ns, tuple(layers)))
+        disks = [await image_of(step, seal) for step in member.disks.plan.steps]
         return VMSnapshot(
             vm=vm_as_own(vm.vm),
             engine=member.decision.engine,

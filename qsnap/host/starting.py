@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,17 +12,17 @@ from attrs import evolve, frozen
 
 from qsnap.errors import QemuError
 from qsnap.host.bridges import open_links
-from qsnap.host.disks import create_overlay
+from qsnap.host.disks import create_overlay, new_path, read_disks
 from qsnap.host.netns import enter_command, make_netns, remove_netns
 from qsnap.host.qemu import Process, find_program, start_qemu
 from qsnap.host.qmp import Qmp
-from qsnap.host.runtime import LiveDisk, LiveVM, LiveVNE, Runtime
+from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.store import Store
 from qsnap.host.tasks import run_all
 from qsnap.model import VM, Accelerator
 from qsnap.rules.colouring import plan_networks, tap_name
 from qsnap.rules.command import (
-    DISK_NODE,
+    DISK_DEVICE,
     Backends,
     FilledRam,
     MemfdRam,
@@ -37,16 +36,10 @@ _MACHINE_TYPE = re.compile(r"[A-Za-z0-9._-]+")  # it becomes a part of command l
 
 @frozen
 class DiskBase:
-    """What a new layer of a disk goes on top of: an image of the user's, or qcow2 layers, newest first, above it."""
+    """What a new layer of a disk goes on top of: an image of the user's, or the newest layer of a snapshot."""
 
     image: str
-    image_format: str
-    layers: tuple[str, ...] = ()
-
-    @property
-    def top(self) -> tuple[str, str]:
-        """The file right below a new layer, and its format."""
-        return (self.layers[0], "qcow2") if self.layers else (self.image, self.image_format)
+    format: str
 
 
 @frozen
@@ -75,49 +68,48 @@ async def build_networks(live: LiveVNE) -> AsyncIterator[LiveVNE]:
         yield evolve(live, netns=netns)
 
 
-async def new_layer_path(store: str, vne: str, vm: str, disk: int) -> str:
-    """A file name for a new disk layer that no snapshot and no VM has had before."""
-    directory = await Store(Path(store)).layers_directory(vne)
-    return str(directory / f"{vm}-disk{disk}-{secrets.token_hex(6)}.qcow2")
-
-
 def find_qemu_img(qemu: str) -> str:
     """The qemu-img that belongs to a QEMU: beside it, else the one on the path."""
     beside = os.path.join(os.path.dirname(find_program(qemu)), "qemu-img")
     return beside if os.path.exists(beside) else find_program("qemu-img")
 
 
-async def start_process(live: LiveVNE, runtime: Runtime, start: Start) -> tuple[Process, tuple[LiveDisk, ...]]:
+async def start_process(live: LiveVNE, runtime: Runtime, start: Start) -> Process:
     """Make a VM's disk layers and start its QEMU, paused. Its QMP socket answers when this returns."""
     vm = start.vm
-    disks = await _make_layers(live, start)
+    layers = await _make_layers(live, start)
     directory = runtime.make_vm_directory(live.vne.name, vm.name)
     backends = Backends(
         directory=str(directory),
         ram=start.ram,
-        disks=tuple(disk.layers[0] for disk in disks),
+        disks=layers,
         taps=tuple(tap_name(start.index, nic) for nic in range(len(vm.nics))),
         incoming=start.incoming,
     )
     command = plan_command(vm, f"{live.vne.name}/{vm.name}", start.hardware, start.accelerator, backends)
     fds = [block.ram.fd for block in start.ram if isinstance(block.ram, FilledRam)]
     enter = enter_command(live.netns)
-    process = await start_qemu(command, enter=enter, directory=str(directory), vm=vm.name, fds=fds)
-    return process, disks
+    return await start_qemu(command, enter=enter, directory=str(directory), vm=vm.name, fds=fds)
 
 
-async def _make_layers(live: LiveVNE, start: Start) -> tuple[LiveDisk, ...]:
-    async def make(index: int, base: DiskBase) -> LiveDisk:
-        path = await new_layer_path(live.store, live.vne.name, start.vm.name, index)
-        below, below_format = base.top
-        await create_overlay(find_qemu_img(start.vm.qemu), path, base=below, base_format=below_format)
-        return LiveDisk(DISK_NODE.format(index), (path, *base.layers))
+async def _make_layers(live: LiveVNE, start: Start) -> tuple[str, ...]:
+    directory = await layers_directory(live)
+
+    async def make(index: int, base: DiskBase) -> str:
+        path = new_path(directory, start.vm.name, index, "qcow2")
+        await create_overlay(find_qemu_img(start.vm.qemu), path, base=base.image, base_format=base.format)
+        return path
 
     calls = [lambda index=index, base=base: make(index, base) for index, base in enumerate(start.disks)]
     return tuple(await run_all(calls))
 
 
-async def describe(qmp: Qmp, start: Start, process: Process, disks: tuple[LiveDisk, ...]) -> LiveVM:
+async def layers_directory(live: LiveVNE) -> str:
+    """The directory for the disk layers of a VNE, by absolute path: QEMU may work in another directory."""
+    return os.path.abspath(await Store(Path(live.store)).layers_directory(live.vne.name))
+
+
+async def describe(qmp: Qmp, live: LiveVNE, start: Start, process: Process) -> LiveVM:
     """What is to be known about a VM that was started, with the alias of its machine type resolved."""
     version, machine = await qmp.execute_all(
         ("query-version", {}), ("qom-get", {"path": "/machine", "property": "type"})
@@ -126,6 +118,7 @@ async def describe(qmp: Qmp, start: Start, process: Process, disks: tuple[LiveDi
     if not (isinstance(machine, str) and _MACHINE_TYPE.fullmatch(machine)):
         raise QemuError(f"QEMU says that its machine type is {machine!r:.80}", where=f"VM {start.vm.name}")
     machine_type = machine.removesuffix("-machine")
+    devices = [DISK_DEVICE.format(index) for index in range(len(start.disks))]
     return LiveVM(
         vm=start.vm,
         process=process,
@@ -134,5 +127,5 @@ async def describe(qmp: Qmp, start: Start, process: Process, disks: tuple[LiveDi
         accelerator=start.accelerator,
         qemu_version=(numbers["major"], numbers["minor"], numbers["micro"]),
         hugetlb=all(block.ram == MemfdRam(hugetlb=True) for block in start.ram),
-        disks=disks,
+        disks=await read_disks(qmp, devices, await layers_directory(live)),
     )

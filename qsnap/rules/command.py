@@ -18,6 +18,7 @@ OBJECTS = "/objects/"  #: the QOM path of user-created objects
 NODE_RAM = "ram-node{}"
 DIMM_RAM = "ram-dimm{}"
 DISK_NODE = "disk{}"  #: the block node a disk device is started with
+DISK_DEVICE = "disk{}-device"
 
 
 @frozen
@@ -99,8 +100,8 @@ def plan_hardware(vm: VM, accelerator: Accelerator) -> tuple[str, ...]:
     for index in range(len(vm.dimms)):
         arguments += ["-device", f"pc-dimm,memdev={DIMM_RAM.format(index)},id=dimm{index}"]
     for index, disk in enumerate(vm.disks):
-        node = DISK_NODE.format(index)
-        arguments += ["-device", f"{disk.interface},drive={node},id={node}-device"]
+        drive, device = DISK_NODE.format(index), DISK_DEVICE.format(index)
+        arguments += ["-device", f"{disk.interface},drive={drive},id={device}"]
     for index, nic in enumerate(vm.nics):
         # without a boot ROM: its size differs between QEMU versions, which a stream would not survive
         arguments += ["-device", f"{nic.model},netdev=net{index},mac={nic.mac},id=nic{index},romfile="]

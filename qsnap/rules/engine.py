@@ -12,6 +12,7 @@ from attrs import frozen
 
 from qsnap.errors import EngineRefusedError
 from qsnap.model import Accelerator, Engine
+from qsnap.rules.disks import INACTIVE_DISKS_REVIVED_SINCE
 
 Version = tuple[int, int, int]
 
@@ -36,6 +37,7 @@ class Facts:
     running: bool
     background_refusal: str
     precopy_refusal: str
+    copies_disks: bool = False  #: a disk is kept by a copy that goes on after the cut
     waits: bool = False  #: a barrier cut of several VMs: it stays paused until the slowest has stopped
 
 
@@ -137,6 +139,12 @@ def _check_precopy(facts: Facts) -> None:
             f"precopy under TCG loses writes before QEMU 9.0, and this is {version}",
             where=f"VM {facts.vm}",
             advice="Take background, or start the VM with QEMU 9.0 or newer (scripts/qemu-alongside fetches one).",
+        )
+    if facts.copies_disks and facts.qemu_version < INACTIVE_DISKS_REVIVED_SINCE:
+        raise EngineRefusedError(
+            "precopy cannot begin copies of disks before QEMU 10.0",
+            where=f"VM {facts.vm}",
+            advice="Take background, or --disks overlay or reflink.",
         )
     if facts.precopy_refusal:
         raise EngineRefusedError(

@@ -19,17 +19,17 @@ EVENT: Shape = {
 }
 EVENT_DATA: Mapping[str, Shape] = {
     "MIGRATION": {"status": str},
-    "BLOCK_JOB_READY": {"device": str},
-    "BLOCK_JOB_COMPLETED": {"device": str, "*error": str},
-    "BLOCK_JOB_ERROR": {"device": str},
-    "BLOCK_JOB_CANCELLED": {"device": str},
 }
 _RAM: Shape = {"dirty-sync-count": NATURAL, "page-size": POSITIVE, "*downtime-bytes": NATURAL}
+_IMAGE: dict[str, Shape] = {"filename": str, "format": str, "virtual-size": NATURAL}
+_IMAGE["*backing-image"] = _IMAGE
+_JOB: Shape = {"id": str, "status": str, "current-progress": NATURAL, "total-progress": NATURAL, "*error": str}
 ANSWERS: Mapping[str, Shape] = {
-    "query-block": [{"*inserted": {"*node-name": str}}],
+    "query-block": [{"*qdev": str, "*inserted": {"node-name": str, "image": _IMAGE}}],
+    "query-jobs": [_JOB],
     "query-memdev": [{"id": str, "size": NATURAL}],
     "query-migrate": {"*status": str, "*error-desc": str, "*blocked-reasons": [str], "*ram": _RAM},
-    "query-named-block-nodes": [{"node-name": str}],
+    "query-named-block-nodes": [{"node-name": str, "file": str, "backing_file_depth": NATURAL}],
     "query-status": {"status": str},
     "query-version": {"qemu": {"major": NATURAL, "minor": NATURAL, "micro": NATURAL}},
 }

@@ -13,7 +13,7 @@ import qsnap
 from qsnap import Engine
 from qsnap.host.capture import Background, Capture, Precopy
 from qsnap.host.daemon import open_daemon
-from qsnap.host.disks import DiskCut
+from qsnap.host.disks import DiskCut, DiskPlan
 from qsnap.host.qmp import open_loop, open_qmp
 from qsnap.host.runtime import LiveVM
 from qsnap.rules.command import RAM_ID
@@ -51,7 +51,9 @@ async def capture_and_compare(live: LiveVM, qmp_path: str, engine: Engine, direc
         )
         async with daemon_context as (daemon, stream_fd):
             make = partial(Precopy, force=True) if engine is Engine.PRECOPY else Background
-            capture: Capture = make(qmp, daemon, DiskCut(qmp, ()), True, copy_while_stopped)
+            capture: Capture = make(
+                qmp, daemon, DiskCut(qmp, DiskPlan((), live.qemu_version, "")), True, copy_while_stopped
+            )
             await capture.prepare(stream_fd)
             await capture.stop_and_resume()
             captured = await capture.complete()

@@ -1,0 +1,19 @@
+"""The disks of a VM: what they consist of, how they are kept at the cut, and how all that is undone."""
+
+from qsnap.host.disks.chain import DiskFile, LiveDisk, read_disks, tidy_disks
+from qsnap.host.disks.cut import DiskCut, DiskPlan, DiskStep, image_of, plan_disks
+from qsnap.host.disks.images import create_overlay, new_path
+
+__all__ = [
+    "DiskCut",
+    "DiskFile",
+    "DiskPlan",
+    "DiskStep",
+    "LiveDisk",
+    "create_overlay",
+    "image_of",
+    "new_path",
+    "plan_disks",
+    "read_disks",
+    "tidy_disks",
+]
