@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import qsnap
-from qsnap import Engine
+from qsnap import DiskEngine, Engine
+from qsnap.host.disks import DiskCut
+from qsnap.host.disks.jobs import Report
 from qsnap.host.qmp import open_loop, open_qmp
 from tests.live.lab import QEMU_7, QEMU_11, make_vne
+
+KINDS = [
+    (QEMU_7, Engine.BACKGROUND, DiskEngine.OVERLAY),
+    (QEMU_7, Engine.BACKGROUND, DiskEngine.REFLINK),
+    (QEMU_7, Engine.BACKGROUND, DiskEngine.COPY),
+    (QEMU_11, Engine.BACKGROUND, DiskEngine.REFLINK),
+    (QEMU_11, Engine.BACKGROUND, DiskEngine.COPY),
+    (QEMU_11, Engine.PRECOPY, DiskEngine.OVERLAY),
+    (QEMU_11, Engine.PRECOPY, DiskEngine.REFLINK),
+    (QEMU_11, Engine.PRECOPY, DiskEngine.COPY),
+]
+IDS = [f"{'7.2' if qemu == QEMU_7 else '11.1'}-{engine.value}-{disks.value}" for qemu, engine, disks in KINDS]
+SIZE = 4 << 20
 
 
 async def qemu_io(place: qsnap.Place, disk: int, command: str) -> str:
@@ -22,44 +40,116 @@ async def qemu_io(place: qsnap.Place, disk: int, command: str) -> str:
     return log.read_text()[before:]  # it prints to QEMU's own output
 
 
-async def holds(place: qsnap.Place, disk: int, pattern: int) -> bool:
-    answer = await qemu_io(place, disk, f"read -P {pattern:#x} 0 64k")
-    return "read 65536/65536" in answer and "failed" not in answer
+async def holds(place: qsnap.Place, pattern: int, offset: str = "0") -> bool:
+    """Whether both disks hold the pattern."""
+    answers = [await qemu_io(place, disk, f"read -P {pattern:#x} {offset} 64k") for disk in (0, 1)]
+    assert all("read 65536/65536" in answer for answer in answers)
+    return not any("failed" in answer for answer in answers)
 
 
-async def write(place: qsnap.Place, pattern: int) -> None:
+async def write(place: qsnap.Place, pattern: int, offset: str = "0") -> None:
     for disk in (0, 1):
-        answer = await qemu_io(place, disk, f"write -P {pattern:#x} 0 64k")
+        answer = await qemu_io(place, disk, f"write -P {pattern:#x} {offset} 64k")
         assert "wrote 65536/65536" in answer
 
 
 @pytest.fixture
-def vne(tmp_path: Path, request: pytest.FixtureRequest) -> qsnap.VNE:
-    disks = []
-    for name in ("a", "b"):
-        base = tmp_path / f"{name}.img"
-        base.write_bytes(bytes(4 << 20))
-        disks.append(qsnap.Disk(str(base), "raw"))
-    return make_vne("disks", vms=1, qemu=request.param, disks=tuple(disks))
+def bases(tmp_path: Path) -> tuple[qsnap.Disk, qsnap.Disk]:
+    """A raw and a qcow2 image, both full of 0xee."""
+    raw, qcow2 = tmp_path / "a.raw", tmp_path / "b.qcow2"
+    raw.write_bytes(b"\xee" * SIZE)
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, qcow2], check=True)
+    return qsnap.Disk(str(raw), "raw"), qsnap.Disk(str(qcow2))
 
 
-@pytest.mark.parametrize("vne", [QEMU_7, QEMU_11], indirect=True, ids=["7.2", "11.1"])
-@pytest.mark.parametrize("engine", [Engine.BACKGROUND, Engine.AUTO], ids=["background", "auto"])
-async def test_all_disks_are_of_the_same_cut(vne: qsnap.VNE, engine: Engine, place: qsnap.Place) -> None:
-    await qsnap.up(vne, place=place)
+@contextmanager
+def mounted(directory: Path, kind: str) -> Iterator[None]:
+    """A new file system of that kind at `directory`."""
+    image = directory.with_suffix(f".{kind}")
+    with image.open("xb") as file:
+        file.truncate(512 << 20)
+    directory.mkdir()
+    subprocess.run([f"mkfs.{kind}", "-q", image], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["mount", "-o", "loop", image, directory], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", directory], check=True)
+        image.unlink()
+
+
+@pytest.fixture
+def cloning_place(place: qsnap.Place) -> Iterator[qsnap.Place]:
+    """A place whose store is on a file system that clones files."""
+    with mounted(place.store, "xfs"):
+        yield place
+
+
+@pytest.mark.parametrize(("qemu", "engine", "disks"), KINDS, ids=IDS)
+async def test_all_disks_are_of_the_same_cut(
+    qemu: str,
+    engine: Engine,
+    disks: DiskEngine,
+    bases: tuple[qsnap.Disk, ...],
+    cloning_place: qsnap.Place,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy is written to while it is under way."""
+    place, finish = cloning_place, DiskCut.finish
+
+    async def write_and_finish(self: DiskCut, report: Report | None = None) -> None:
+        copies = await self.qmp.execute("query-block-jobs")
+        assert len(copies) == 2 * (disks is DiskEngine.COPY)
+        await write(place, 0x66, "2M")
+        await finish(self, report)
+
+    monkeypatch.setattr(DiskCut, "finish", write_and_finish)
+    before = [Path(disk.file).read_bytes() for disk in bases]
+    await qsnap.up(make_vne("disks", vms=1, qemu=qemu, disks=bases), place=place)
     for pattern in (0x11, 0x22, 0x33):
         await write(place, pattern)
-        await qsnap.snapshot("disks", f"with-{pattern:x}", engine=engine, place=place)
+        await write(place, 0x55, "2M")
+        saved = await qsnap.snapshot("disks", f"with-{pattern:x}", engine=engine, disks=disks, place=place)
+        assert [disk.engine for disk in saved.vms[0].disks] == [disks] * 2
+        assert await holds(place, 0x66, "2M")
     await write(place, 0x44)
     await qsnap.down("disks", place=place)
-    for disk in vne.vms[0].disks:
-        assert not any(Path(disk.file).read_bytes()), "a base image was written to"
+    assert [Path(disk.file).read_bytes() for disk in bases] == before, "a base image was written to"
     await qsnap.remove("disks", "with-11", place=place)
     for pattern in (0x22, 0x33):
         await qsnap.restore("disks", f"with-{pattern:x}", place=place)
-        assert [await holds(place, disk, pattern) for disk in (0, 1)] == [True, True]
-        assert not await holds(place, 0, 0x44), "the comparison finds nothing"
+        assert await holds(place, pattern)
+        assert await holds(place, 0x55, "2M"), "what was written after the cut is in the snapshot"
+        assert await holds(place, 0xEE, "3M")
+        assert not await holds(place, 0x44), "the comparison finds nothing"
         await qsnap.down("disks", place=place)
-    await qsnap.remove("disks", "with-22", place=place)
-    await qsnap.remove("disks", "with-33", place=place)
+    for pattern in (0x22, 0x33):
+        await qsnap.verify("disks", f"with-{pattern:x}", place=place)
+        await qsnap.remove("disks", f"with-{pattern:x}", place=place)
     assert list((place.store / "disks/disks").iterdir()) == [], "a layer was left behind"
+
+
+@pytest.mark.parametrize("qemu", [QEMU_7, QEMU_11], ids=["7.2", "11.1"])
+async def test_five_generations(qemu: str, bases: tuple[qsnap.Disk, ...], cloning_place: qsnap.Place) -> None:
+    """Each VNE is restored from a snapshot of the one before, kept in another way; then the store is moved."""
+    place = cloning_place
+    await qsnap.up(make_vne("disks", vms=1, qemu=qemu, disks=bases), place=place)
+    engines = [*DiskEngine, DiskEngine.OVERLAY]
+    for generation, engine in enumerate(engines):
+        await write(place, 0x10 + generation, f"{generation * 64}k")
+        await qsnap.snapshot("disks", f"g{generation}", disks=engine, place=place)
+        await write(place, 0xFF, f"{generation * 64}k")
+        await qsnap.down("disks", place=place)
+        await qsnap.restore("disks", f"g{generation}", place=place)
+    await qsnap.down("disks", place=place)
+    moved = place.store / "moved"
+    moved.mkdir()
+    (place.store / "disks").rename(moved / "disks")
+    elsewhere = qsnap.Place(place.run, moved)
+    for generation in reversed(range(len(engines))):
+        await qsnap.restore("disks", f"g{generation}", place=elsewhere)
+        for written in range(len(engines)):
+            pattern = 0x10 + written if written <= generation else 0xEE
+            assert await holds(elsewhere, pattern, f"{written * 64}k")
+        await qsnap.down("disks", place=elsewhere)
+        await qsnap.remove("disks", f"g{generation}", place=elsewhere)

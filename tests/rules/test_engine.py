@@ -85,3 +85,11 @@ def test_a_refusal_is_qemus_own_reason() -> None:
 def test_streams_that_must_be_read_to_their_end() -> None:
     assert must_read_to_end((8, 0, 5))
     assert not must_read_to_end((8, 1, 0))
+
+
+def test_before_qemu_10_a_copy_of_a_disk_needs_background() -> None:
+    copying = evolve(PLAIN, accelerator=Accelerator.KVM, qemu_version=(9, 2, 0), copies_disks=True)
+    assert choose_engine(Engine.AUTO, copying).engine is Engine.BACKGROUND
+    with pytest.raises(EngineRefusedError, match=r"copies of disks before QEMU 10\.0"):
+        choose_engine(Engine.PRECOPY, copying)
+    assert choose_engine(Engine.PRECOPY, evolve(copying, qemu_version=(10, 0, 0))).engine is Engine.PRECOPY
