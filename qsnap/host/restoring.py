@@ -22,7 +22,7 @@ from qsnap.host.qemu import has_ended, kvm_works, last_words, program_version
 from qsnap.host.qmp import Qmp, open_qmp
 from qsnap.host.recovery import exclusive
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
-from qsnap.host.starting import DiskBase, Start, build_networks, describe, start_process
+from qsnap.host.starting import DiskBase, Start, build_networks, describe, layers_directory, start_process
 from qsnap.host.store import Store
 from qsnap.host.takedown import take_down
 from qsnap.host.tasks import run_all
@@ -183,7 +183,7 @@ class _Restoring:
         # (serial_post_load, hw/char/serial.c), so there is one until the guest runs
         console = self.runtime.console_path(live.vne.name, vm.name)
         await self.sessions.enter_async_context(await trio.open_unix_socket(console))
-        described = await describe(qmp, live, start, process)
+        described = await describe(qmp, start, process, await layers_directory(live))
         try:
             await feed(qmp, self._stored(saved.device_stream), partial(self.progress, "load", vm.name))
         except QemuError as error:

@@ -109,8 +109,11 @@ async def layers_directory(live: LiveVNE) -> str:
     return os.path.abspath(await Store(Path(live.store)).layers_directory(live.vne.name))
 
 
-async def describe(qmp: Qmp, live: LiveVNE, start: Start, process: Process) -> LiveVM:
-    """What is to be known about a VM that was started, with the alias of its machine type resolved."""
+async def describe(qmp: Qmp, start: Start, process: Process, directory: str) -> LiveVM:
+    """What is to be known about a VM that was started, with the alias of its machine type resolved.
+
+    `directory` has the disk layers of its VNE.
+    """
     version, machine = await qmp.execute_all(
         ("query-version", {}), ("qom-get", {"path": "/machine", "property": "type"})
     )
@@ -127,5 +130,5 @@ async def describe(qmp: Qmp, live: LiveVNE, start: Start, process: Process) -> L
         accelerator=start.accelerator,
         qemu_version=(numbers["major"], numbers["minor"], numbers["micro"]),
         hugetlb=all(block.ram == MemfdRam(hugetlb=True) for block in start.ram),
-        disks=await read_disks(qmp, devices, await layers_directory(live)),
+        disks=await read_disks(qmp, devices, directory),
     )

@@ -22,21 +22,22 @@ from qsnap import Place
 from qsnap.errors import QsnapError
 from qsnap.host.capture import Background, Bounds, Capture, Precopy, abandon
 from qsnap.host.daemon import Daemon
-from qsnap.host.disks import DiskCut, Overlay
+from qsnap.host.disks import DiskCut, DiskFile, DiskPlan, DiskStep, LiveDisk, tidy_disks
 from qsnap.host.lifecycle import status
 from qsnap.host.qemu import Process
 from qsnap.host.qmp import Qmp, open_loop, open_qmp
-from qsnap.host.runtime import LiveDisk, LiveVM, LiveVNE
+from qsnap.host.runtime import LiveVM, LiveVNE
 from qsnap.host.saving import gather_facts
 from qsnap.host.starting import Start, describe
 from qsnap.host.tasks import one_error
-from qsnap.model import VM, VNE, Accelerator, Colour
+from qsnap.model import VM, VNE, Accelerator, Colour, DiskEngine
 
 DEADLINE_S = 20.0
 ANSWER_S = 5.0
 PATIENCE_S = 0.1
 ALICE = VM("alice", 4 << 20, kernel="/boot/vmlinuz")
 OURSELVES = Process(os.getpid(), int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]))
+DISK = LiveDisk("disk0-device", "disk0", 1 << 20, (DiskFile("/images/disk0.qcow2", "qcow2"),), ())
 LIVE = LiveVM(
     ALICE,
     OURSELVES,
@@ -45,7 +46,7 @@ LIVE = LiveVM(
     Accelerator.TCG,
     (7, 2, 22),
     False,
-    (LiveDisk("disk0", ("/images/disk0.qcow2",)),),
+    (DISK,),
 )
 
 
@@ -114,15 +115,21 @@ async def ask_status(place: Place, path: str) -> None:
 
 
 async def learn(qmp: Qmp) -> None:
-    await describe(qmp, Start(ALICE, 0, ("-machine", "pc"), Accelerator.TCG, (), ()), OURSELVES, ())
+    await describe(qmp, Start(ALICE, 0, ("-machine", "pc"), Accelerator.TCG, (), ()), OURSELVES, "/images")
     await gather_facts(qmp, LIVE, waits=False)
 
 
 async def change_disks(qmp: Qmp) -> None:
-    disks = DiskCut(qmp, (Overlay("/images/new.qcow2", "layer-new", "disk0"),))
+    await tidy_disks(qmp, [DISK.device], "/images")
+    new = DiskFile("/images/new.qcow2", "qcow2")
+    steps = (
+        DiskStep(DiskEngine.OVERLAY, "", DISK, new, "layer-new"),
+        DiskStep(DiskEngine.COPY, "", DISK, new, "copy-new"),
+    )
+    disks = DiskCut(qmp, DiskPlan(steps, (7, 2, 22), "qemu-img"))
     try:
-        await disks.prepare()
         await qmp.execute_all(*disks.commands())
+        await disks.finish()
     finally:
         await disks.undo()
 
@@ -132,7 +139,9 @@ async def capture(qmp: Qmp, kind: Callable[..., Capture], **options: object) -> 
     for event in (daemon.ready, daemon.tracking, daemon.ended):
         event.set()
     daemon.result = {"data_pages": 1}
-    taken = kind(qmp, daemon, DiskCut(qmp, ()), True, trio.lowlevel.checkpoint, **options)
+    taken = kind(
+        qmp, daemon, DiskCut(qmp, DiskPlan((), (7, 2, 22), "qemu-img")), True, trio.lowlevel.checkpoint, **options
+    )
     try:
         await taken.prepare(os.open(os.devnull, os.O_WRONLY))
         await taken.stop_and_resume()
