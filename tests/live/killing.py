@@ -28,7 +28,6 @@ from qsnap.host import (
     qmp,
     restoring,
     runtime,
-    saving,
     starting,
     takedown,
 )
@@ -48,7 +47,8 @@ STEPS: tuple[tuple[Any, str], ...] = (
     (daemon.Daemon, "wait_ready"),
     (daemon.Daemon, "wait_tracking"),
     (daemon.Daemon, "wait_done"),
-    (saving, "create_overlay"),
+    (disks.cut, "create_overlay"),
+    (disks.cut, "create_empty"),
     (starting, "create_overlay"),
     (disks.DiskCut, "commands"),
     (Store, "begin"),
@@ -98,7 +98,12 @@ def main(fatal: str, run: str, store: str, operation: str, *arguments: str) -> N
     for owner, name in STEPS:
         killer.watch(owner, name)
     place = qsnap.Place(run, store)
-    kinds: dict[str, Callable[[str], Any]] = {"engine": qsnap.Engine, "cut": qsnap.Cut, "ram": qsnap.RamMode}
+    kinds: dict[str, Callable[[str], Any]] = {
+        "engine": qsnap.Engine,
+        "cut": qsnap.Cut,
+        "disks": qsnap.DiskEngine,
+        "ram": qsnap.RamMode,
+    }
     options = [word.split("=") for word in arguments if "=" in word]
     settings = {key: kinds[key](value) for key, value in options}
     words: list[Any] = [word for word in arguments if "=" not in word]

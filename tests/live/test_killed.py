@@ -16,6 +16,7 @@ import trio
 from pyroute2 import IPRoute, netns
 
 import qsnap
+from qsnap.host.disks import read_disks
 from qsnap.host.netns import run_in_netns
 from qsnap.host.qemu import find_processes
 from qsnap.host.qmp import open_loop, open_qmp
@@ -95,9 +96,9 @@ async def check_running(place: qsnap.Place, vms: int) -> None:
             assert masters[tap_name(index, 0)] == bridge_name(live.vne, 0, live.active)
             async with open_qmp(place.runtime().qmp_path("lab", vm.vm.name), vm=vm.vm.name) as qmp:
                 capabilities = await qmp.execute("query-migrate-capabilities")
-                (disk,) = await qmp.execute("query-block")
+                devices = [each.device for each in vm.disks]
+                assert await read_disks(qmp, devices, f"{live.store}/lab/disks") == vm.disks
             assert not [each for each in capabilities if each["capability"] == "background-snapshot" and each["state"]]
-            assert disk["inserted"]["file"] == vm.disks[0].layers[0]
     async with open_consoles("lab", place, vms) as consoles:
         await statuses(consoles)  # a guest whose memory was left protected does not answer
 
@@ -136,14 +137,15 @@ async def check_processes(place: qsnap.Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("qemu", "vms", "engine", "cut"),
+    ("qemu", "vms", "engine", "cut", "disks"),
     [
-        (QEMU_11, 2, "background", "colour"),
-        (QEMU_11, 1, "precopy", "barrier"),
-        (QEMU_7, 1, "background", "barrier"),
+        (QEMU_11, 2, "background", "colour", "overlay"),
+        (QEMU_11, 1, "precopy", "barrier", "copy"),
+        (QEMU_7, 1, "background", "barrier", "overlay"),
+        (QEMU_7, 1, "background", "barrier", "copy"),
     ],
 )
-async def test_snapshot(qemu: str, vms: int, engine: str, cut: str, place: qsnap.Place, base: Path) -> None:
+async def test_snapshot(qemu: str, vms: int, engine: str, cut: str, disks: str, place: qsnap.Place, base: Path) -> None:
     async def check() -> bool:
         await check_processes(place)
         await check_running(place, vms)
@@ -153,7 +155,9 @@ async def test_snapshot(qemu: str, vms: int, engine: str, cut: str, place: qsnap
         return bool(names)
 
     async with booted(place, base, vms=vms, qemu=qemu):
-        await kill_at_each_step(check, place, "snapshot", "lab", "new", f"engine={engine}", f"cut={cut}")
+        await kill_at_each_step(
+            check, place, "snapshot", "lab", "new", f"engine={engine}", f"cut={cut}", f"disks={disks}"
+        )
 
 
 @pytest.mark.parametrize("ram", ["map", "eager"])
