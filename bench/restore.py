@@ -119,14 +119,11 @@ class Case:
         live = LiveVNE(self.saved.vne, str(self.place.store), runtime.netns(VNE), Colour.RED, ())
         runtime.save(live)
         try:
-            disks = tuple(
-                DiskBase(disk.base, disk.base_format, tuple(str(self._stored(layer)) for layer in disk.layers))
-                for disk in self.vm.disks
-            )
+            disks = tuple(DiskBase(str(self._stored(disk.layers[0])), disk.top_format) for disk in self.vm.disks)
             vm, hardware, accelerator = self.vm.vm, self.vm.hardware, self.vm.accelerator
             start = Start(vm, 0, hardware, accelerator, plan_ram(vm, ram), disks, incoming=True)
             async with build_networks(live) as live:
-                process, _ = await start_process(live, runtime, start)
+                process = await start_process(live, runtime, start)
             yield process
         finally:
             await take_down(VNE, runtime)

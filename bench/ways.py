@@ -189,7 +189,7 @@ async def _stop_and_copy(limits: dict[str, int], guest: Guest) -> Saved:
         await qmp.execute("stop")
         await qmp.execute("migrate", {"uri": f"exec:cat > {directory}/memory"})
         await wait_migrated(qmp, since)
-        layers = (layer for disk in _live(guest).disks for layer in disk.layers)
+        layers = (layer.path for disk in _live(guest).disks for layer in disk.layers)
         await trio.run_process(["cp", *layers, str(directory)])
         await cont(qmp)
         await wait_resumed(qmp, since)

@@ -205,6 +205,11 @@ class DiskImage:
     format: str
     base: BaseImage | None
 
+    @property
+    def top_format(self) -> str:
+        """The format of the newest layer."""
+        return self.format if len(self.layers) == 1 else "qcow2"
+
 
 @frozen
 class Measurements:

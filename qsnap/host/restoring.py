@@ -199,7 +199,7 @@ class _Restoring:
         return self.store.root / self.saved.vne.name / file.path
 
     def _base(self, disk: DiskImage) -> DiskBase:
-        return DiskBase(str(self._stored(disk.layers[0])), disk.format if len(disk.layers) == 1 else "qcow2")
+        return DiskBase(str(self._stored(disk.layers[0])), disk.top_format)
 
     async def _provide_ram(self, saved: VMSnapshot, fds: ExitStack) -> tuple[MemoryBackend, ...]:
         if saved.recorded:
