@@ -20,6 +20,7 @@ from attrs import evolve, frozen
 
 from qsnap.errors import AttachRefusedError, HostError, StateError
 from qsnap.host.bridges import check_networking, open_links
+from qsnap.host.disks import LiveDisk, find_devices, read_disks
 from qsnap.host.journal import Kind, Operation
 from qsnap.host.lifecycle import VNEStatus, status
 from qsnap.host.owner import read_settings
@@ -28,9 +29,10 @@ from qsnap.host.qemu import Process, find_program, process_of
 from qsnap.host.qmp import QemuGoneError, Qmp, open_qmp
 from qsnap.host.recovery import exclusive
 from qsnap.host.runtime import LiveVM, LiveVNE
+from qsnap.host.starting import parse_machine_type
 from qsnap.host.takedown import take_down
 from qsnap.host.tasks import run_all
-from qsnap.model import VM, VNE, Accelerator, Colour
+from qsnap.model import VM, VNE, Accelerator, Colour, Disk
 from qsnap.rules.adopt import Adopted, Netdev, adopt, match_nics, parse_cards, strip_loader
 from qsnap.rules.colouring import bridge_name, plan_networks
 
@@ -72,7 +74,8 @@ async def attach(vne: VNE, *, place: Place | None = None) -> AttachReport:
         if vne.name in runtime.names():
             advice = f"qsnap down {vne.name}, or qsnap detach {vne.name}"
             raise StateError(f"VNE {vne.name} is up or attached already", advice=advice)
-        found = await run_all([partial(_find, vm) for vm in vne.vms])
+        layers = os.path.abspath(await place.snapshots().layers_directory(vne.name))
+        found = await run_all([partial(_find, vm, layers) for vm in vne.vms])
         vne, why = await _survey(evolve(vne, vms=tuple(each.live.vm for each in found)), found)
         live = LiveVNE(vne, str(place.store), found[0].netns, Colour.RED, tuple(each.live for each in found), why)
         journal.begin(Operation(Kind.ATTACH))
@@ -95,53 +98,84 @@ async def detach(vne: str, *, place: Place | None = None) -> None:
         await take_down(vne, runtime)
 
 
-async def _find(vm: VM) -> Found:
-    """Ask a running VM, its command line and the kernel for all that is to be known of it."""
-    where = f"VM {vm.name}"
-    process = await trio.to_thread.run_sync(_owner, vm)
+async def _find(vm: VM, layers: str) -> Found:
+    """All that is to be known of a running VM, from itself, its command line and the kernel; `layers` is the VNE's."""
+    started = await trio.to_thread.run_sync(_read_process, vm)
     try:
         async with open_qmp(vm.qmp, vm=vm.name, timeout_s=GREETING_S) as qmp:
             facts = await _ask(qmp)
             settings = await read_settings(qmp)
+            machine_type = parse_machine_type(facts["type"], vm)
+            adopted = adopt(started.arguments, vm=vm.name, machine_type=machine_type, directory=started.directory)
+            _check_devices(adopted, facts, f"VM {vm.name}")
+            disks = await read_disks(qmp, await find_devices(qmp, adopted.disks), layers)
     except QemuGoneError as error:
         advice = "QEMU serves one client on it at a time: end the other one, or start the VM with a second -qmp."
+        where = f"VM {vm.name}"
         raise StateError(f"its QMP socket {vm.qmp} does not answer", where=where, advice=advice) from error
-    try:
-        proc = Path(f"/proc/{process.pid}")
-        words = [os.fsdecode(word) for word in (proc / "cmdline").read_bytes().split(b"\0")[:-1]]
-        program, arguments = strip_loader(words)
-        exe, directory = os.readlink(proc / "exe"), os.readlink(proc / "cwd")
-    except OSError as error:
-        raise HostError(
-            f"{error.strerror}", where=f"{where}, process {process.pid}", advice="Run qsnap as root."
-        ) from error
-    machine_type = facts["type"].removesuffix("-machine")
-    adopted = adopt(arguments, vm=vm.name, machine_type=machine_type, directory=directory)
-    _check_unchanged(adopted, facts, where)
-    taps = [_tap(proc, netdev) for netdev in adopted.netdevs]
-    cards = parse_cards(adopted.netdevs, taps, facts["info network"])
-    version = facts["query-version"]["qemu"]
+    _check_paths(disks, f"VM {vm.name}")
+    taps = [_tap(started.proc, netdev) for netdev in adopted.netdevs]
+    version, memory = facts["query-version"]["qemu"], facts["query-memory-size-summary"]
     described = evolve(
         vm,
-        memory_bytes=sum(facts["query-memory-size-summary"].values()),
+        memory_bytes=memory["base-memory"] + memory.get("plugged-memory", 0),
         vcpus=len(facts["query-cpus-fast"]),
         machine=machine_type,
         accelerator=Accelerator.KVM if facts["query-kvm"]["enabled"] else Accelerator.TCG,
-        qemu=find_program(vm.qemu) if vm.qemu else _program(exe, program, where),
-        nics=match_nics(vm, cards),
+        qemu=find_program(vm.qemu) if vm.qemu else started.program_for_restore(vm),
+        disks=tuple(Disk(disk.files[0].path, disk.files[0].format) for disk in disks),
+        nics=match_nics(vm, parse_cards(adopted.netdevs, taps, facts["info network"])),
     )
     live = LiveVM(
         vm=described,
-        process=process,
+        process=started.process,
         hardware=adopted.hardware,
         machine_type=machine_type,
         accelerator=described.accelerator,
         qemu_version=(version["major"], version["minor"], version["micro"]),
-        hugetlb=_is_hugetlb(proc, described.memory_bytes),
-        disks=(),
+        hugetlb=_is_hugetlb(started.proc, described.memory_bytes),
+        disks=disks,
         settings=settings,
     )
-    return Found(live, _netns(proc), adopted.outside)
+    return Found(live, _netns(started.proc), adopted.outside)
+
+
+@frozen
+class Started:
+    """A process, and how it was started: `exe` is the file that the kernel runs."""
+
+    process: Process
+    exe: str
+    program: str
+    arguments: tuple[str, ...]
+    directory: str
+
+    @property
+    def proc(self) -> Path:
+        """What the kernel tells of it."""
+        return Path(f"/proc/{self.process.pid}")
+
+    def program_for_restore(self, vm: VM) -> str:
+        """The program; one that was given to a dynamic linker would not run by itself."""
+        if os.path.basename(self.exe) == os.path.basename(self.program):
+            return self.exe
+        raise AttachRefusedError(
+            f"it was started as {self.program} by {self.exe}",
+            where=f"VM {vm.name}",
+            advice='Name the program for a restore: qemu = "PATH"',
+        )
+
+
+def _read_process(vm: VM) -> Started:
+    process = _owner(vm)
+    proc = Path(f"/proc/{process.pid}")
+    try:
+        words = [os.fsdecode(word) for word in (proc / "cmdline").read_bytes().split(b"\0")[:-1]]
+        program, arguments = strip_loader(words)
+        return Started(process, os.readlink(proc / "exe"), program, arguments, os.readlink(proc / "cwd"))
+    except OSError as error:
+        where = f"VM {vm.name}, process {process.pid}"
+        raise HostError(error.strerror or str(error), where=where, advice="Run qsnap as root.") from error
 
 
 def _owner(vm: VM) -> Process:
@@ -163,7 +197,6 @@ async def _ask(qmp: Qmp) -> dict[str, Any]:
         "query-kvm",
         "query-memory-size-summary",
         "query-cpus-fast",
-        "query-block",
     )
     answers = await qmp.execute_all(
         *((query, {}) for query in queries),
@@ -174,7 +207,7 @@ async def _ask(qmp: Qmp) -> dict[str, Any]:
     return dict(zip((*queries, "type", "peripheral", "info network"), answers, strict=True))
 
 
-def _check_unchanged(adopted: Adopted, facts: dict[str, Any], where: str) -> None:
+def _check_devices(adopted: Adopted, facts: dict[str, Any], where: str) -> None:
     """Raise AttachRefusedError if devices have come or gone since the VM was started with its command line."""
     there = {child["name"] for child in facts["peripheral"] if child["type"].startswith("child<")}
     for names, what in ((there - {*adopted.ids}, "plugged in"), ({*adopted.ids} - there, "unplugged")):
@@ -184,17 +217,15 @@ def _check_unchanged(adopted: Adopted, facts: dict[str, Any], where: str) -> Non
                 where=where,
                 advice="A restore goes by the command line: start the VM anew with the devices that it has now.",
             )
-    if adopted.disks:
-        raise AttachRefusedError("it has disks", where=where)
 
 
-def _program(exe: str, given: str, where: str) -> str:
-    """The program of a process; one that was given to a dynamic linker would not run by itself."""
-    if os.path.basename(exe) == os.path.basename(given):
-        return exe
-    raise AttachRefusedError(
-        f"it was started as {given} by {exe}", where=where, advice='Name the program for a restore: qemu = "PATH"'
-    )
+def _check_paths(disks: Sequence[LiveDisk], where: str) -> None:
+    """Raise AttachRefusedError for a disk that only a process in the same directory could find."""
+    for disk in disks:
+        for file in disk.files:
+            if not file.path.startswith("/") and ":" not in file.path:
+                advice = "Start the VM with the whole path of its disk."
+                raise AttachRefusedError(f"its disk {file.path} has a relative path", where=where, advice=advice)
 
 
 def _tap(proc: Path, netdev: Netdev) -> str:

@@ -12,7 +12,7 @@ from attrs import evolve, frozen
 
 from qsnap.errors import QemuError
 from qsnap.host.bridges import open_links
-from qsnap.host.disks import create_overlay, new_path, read_disks
+from qsnap.host.disks import create_overlay, find_devices, new_path, read_disks
 from qsnap.host.netns import enter_command, make_netns, remove_netns
 from qsnap.host.qemu import Process, find_program, start_qemu
 from qsnap.host.qmp import Qmp
@@ -22,7 +22,7 @@ from qsnap.host.tasks import run_all
 from qsnap.model import VM, Accelerator
 from qsnap.rules.colouring import plan_networks, tap_name
 from qsnap.rules.command import (
-    DISK_DEVICE,
+    DISK_NODE,
     Backends,
     FilledRam,
     MemfdRam,
@@ -118,10 +118,8 @@ async def describe(qmp: Qmp, start: Start, process: Process, directory: str) -> 
         ("query-version", {}), ("qom-get", {"path": "/machine", "property": "type"})
     )
     numbers = version["qemu"]
-    if not (isinstance(machine, str) and _MACHINE_TYPE.fullmatch(machine)):
-        raise QemuError(f"QEMU says that its machine type is {machine!r:.80}", where=f"VM {start.vm.name}")
-    machine_type = machine.removesuffix("-machine")
-    devices = [DISK_DEVICE.format(index) for index in range(len(start.disks))]
+    machine_type = parse_machine_type(machine, start.vm)
+    devices = await find_devices(qmp, [DISK_NODE.format(index) for index in range(len(start.disks))])
     return LiveVM(
         vm=start.vm,
         process=process,
@@ -132,3 +130,10 @@ async def describe(qmp: Qmp, start: Start, process: Process, directory: str) -> 
         hugetlb=all(block.ram == MemfdRam(hugetlb=True) for block in start.ram),
         disks=await read_disks(qmp, devices, directory),
     )
+
+
+def parse_machine_type(machine: object, vm: VM) -> str:
+    """The versioned machine type, of the type of QEMU's object `/machine`. Raises QemuError for anything else."""
+    if not (isinstance(machine, str) and _MACHINE_TYPE.fullmatch(machine)):
+        raise QemuError(f"QEMU says that its machine type is {machine!r:.80}", where=f"VM {vm.name}")
+    return machine.removesuffix("-machine")

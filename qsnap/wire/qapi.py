@@ -25,10 +25,17 @@ _IMAGE: dict[str, Shape] = {"filename": str, "format": str, "virtual-size": NATU
 _IMAGE["*backing-image"] = _IMAGE
 _JOB: Shape = {"id": str, "status": str, "current-progress": NATURAL, "total-progress": NATURAL, "*error": str}
 ANSWERS: Mapping[str, Shape] = {
-    "query-block": [{"*qdev": str, "*inserted": {"node-name": str, "image": _IMAGE}}],
+    "human-monitor-command": str,
+    "qom-list": [{"name": str, "type": str}],
+    "query-block": [{"*device": str, "*qdev": str, "*inserted": {"node-name": str, "image": _IMAGE}}],
+    "query-cpus-fast": [dict],
     "query-jobs": [_JOB],
+    "query-kvm": {"enabled": bool},
     "query-memdev": [{"id": str, "size": NATURAL}],
+    "query-memory-size-summary": {"base-memory": NATURAL, "*plugged-memory": NATURAL},
     "query-migrate": {"*status": str, "*error-desc": str, "*blocked-reasons": [str], "*ram": _RAM},
+    "query-migrate-capabilities": [{"capability": str, "state": bool}],
+    "query-migrate-parameters": {"max-bandwidth": NATURAL, "downtime-limit": NATURAL},
     "query-named-block-nodes": [{"node-name": str, "file": str, "backing_file_depth": NATURAL}],
     "query-status": {"status": str},
     "query-version": {"qemu": {"major": NATURAL, "minor": NATURAL, "micro": NATURAL}},

@@ -17,7 +17,7 @@ from attrs import field, frozen
 
 import qsnap
 from qsnap import Cut, Engine
-from qsnap.host.qmp import open_loop, open_qmp
+from qsnap.host.qmp import Qmp, open_loop, open_qmp
 from testbed.guests import GuestConsole, kernel_append
 from tests.live.lab import GUEST, QEMU_7, QEMU_11, check_continues, judge, open_consoles, statuses
 
@@ -162,11 +162,11 @@ async def test_attach_save_kill_restore(style: str, engine: Engine, cut: Cut, ha
     assert judge(again, place).orphans == 0
 
 
-def start_still(hand: Hand, number: int, *arguments: str) -> None:
+def start_still(hand: Hand, number: int, *arguments: str, qemu: str = QEMU_11) -> None:
     """A VM without a guest: its firmware finds nothing to boot."""
     card = f"tap,id=lan,ifname=hand{number},script=no,downscript=no"
     device = ("-device", "e1000,netdev=lan,id=card")
-    hand.start(number, QEMU_11, "-m", "32", "-nodefaults", "-netdev", card, *device, *arguments)
+    hand.start(number, qemu, "-m", "32", "-nodefaults", "-netdev", card, *device, *arguments)
 
 
 async def ask(hand: Hand, number: int, command: str, **arguments: object) -> Any:
@@ -279,3 +279,59 @@ async def test_a_nic_that_the_description_lacks(hand: Hand, place: qsnap.Place) 
     path.write_text(hand.description(QEMU_11).replace('tap = "hand1"', 'tap = "hand7"'))
     with pytest.raises(qsnap.AttachRefusedError, match="hand1"):
         await qsnap.attach(qsnap.load_description(path), place=place)
+
+
+async def qemu_io(qmp: Qmp, log: Path, disk: int, command: str) -> str:
+    """Let QEMU itself read or write one of its disks, as a guest's request would; it prints to its own output."""
+    device = (await qmp.execute("query-block"))[disk]["qdev"]
+    before = log.stat().st_size
+    await qmp.execute("human-monitor-command", {"command-line": f'qemu-io -d {device} "{command}"'})
+    return log.read_text()[before:]
+
+
+@pytest.mark.parametrize("qemu", [QEMU_7, QEMU_11], ids=["7.2", "11.1"])
+async def test_disks_of_the_users(qemu: str, hand: Hand, place: qsnap.Place) -> None:
+    """They stay in use where they are; what is restored are copies of the cut."""
+    raw, qcow2 = hand.directory / "a.raw", hand.directory / "b.qcow2"
+    make_images(raw, qcow2)
+    node = f"qcow2,node-name=mine,file.driver=file,file.filename={qcow2}"
+    drive = ("-drive", f"file={raw},format=raw,if=virtio")
+    start_still(hand, 1, *drive, "-blockdev", node, "-device", "virtio-blk-pci,drive=mine,id=second", qemu=qemu)
+    log = hand.directory / "1.log"
+    await ask(hand, 1, "query-status")
+
+    async def on_each(pattern: str) -> None:
+        async with open_loop(), open_qmp(hand.qmp(1), vm="asked") as qmp:
+            for disk in (0, 1):
+                assert "wrote 65536" in await qemu_io(qmp, log, disk, f"write -P {pattern} 0 64k")
+
+    await on_each("0x11")
+    await qsnap.attach(hand.load(qemu), place=place)
+    saved = await qsnap.snapshot("hand", "cut", engine=Engine.BACKGROUND, place=place)
+    await on_each("0x22")
+    hand.kill()
+    assert raw.read_bytes()[:2] == b"\x22\x22"
+    assert [disk.base for disk in saved.vms[0].disks] == [None, None]
+    await qsnap.restore("hand", "cut", place=place)
+    again = await qsnap.snapshot("hand", "again", place=place)
+    assert {disk.engine for disk in again.vms[0].disks} == {qsnap.DiskEngine.OVERLAY}
+    log = place.runtime().vm_directory("hand", "vm1") / "qemu.log"
+    async with open_loop(), open_qmp(place.runtime().monitor_path("hand", "vm1"), vm="vm1") as qmp:
+        for disk in (0, 1):
+            answer = await qemu_io(qmp, log, disk, "read -P 0x11 0 64k")
+            assert "read 65536" in answer
+            assert "failed" not in answer
+
+
+async def test_a_disk_that_could_not_be_found_again(hand: Hand, place: qsnap.Place) -> None:
+    make_images(hand.directory / "a.raw")
+    relative = os.path.relpath(hand.directory / "a.raw")
+    start_still(hand, 1, "-drive", f"file={relative},format=raw,if=virtio")
+    await ask(hand, 1, "query-status")
+    with pytest.raises(qsnap.AttachRefusedError, match="relative path"):
+        await qsnap.attach(hand.load(QEMU_11), place=place)
+
+
+def make_images(*paths: Path) -> None:
+    for path in paths:
+        subprocess.run(["qemu-img", "create", "-q", "-f", path.suffix[1:], path, "4M"], check=True)

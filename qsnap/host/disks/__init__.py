@@ -1,6 +1,6 @@
 """The disks of a VM: what they consist of, how they are kept at the cut, and how all that is undone."""
 
-from qsnap.host.disks.chain import DiskFile, LiveDisk, read_disks, tidy_disks
+from qsnap.host.disks.chain import DiskFile, LiveDisk, find_devices, read_disks, tidy_disks
 from qsnap.host.disks.cut import DiskCut, DiskPlan, DiskStep, image_of, plan_disks
 from qsnap.host.disks.images import create_overlay, new_path
 
@@ -11,6 +11,7 @@ __all__ = [
     "DiskStep",
     "LiveDisk",
     "create_overlay",
+    "find_devices",
     "image_of",
     "new_path",
     "plan_disks",

@@ -53,6 +53,18 @@ class LiveDisk:
         return f"merge-{self.node}"
 
 
+async def find_devices(qmp: Qmp, backends: Sequence[str]) -> tuple[str, ...]:
+    """The devices of these block backends, or block nodes on top. Raises StateError if one is not there."""
+    devices: dict[str, str] = {}
+    for block in await qmp.execute("query-block"):
+        if "inserted" in block and "qdev" in block:
+            devices |= {block["inserted"]["node-name"]: block["qdev"], block.get("device", ""): block["qdev"]}
+    for backend in backends:
+        if backend not in devices:
+            raise StateError(f"it has no disk {backend}", where=f"VM {qmp.vm}", advice="Was its medium changed?")
+    return tuple(devices[backend] for backend in backends)
+
+
 async def read_disks(qmp: Qmp, devices: Sequence[str], directory: str) -> tuple[LiveDisk, ...]:
     """The disks of these devices; `directory` has the layers of the VM's VNE. Raises StateError if one is not there."""
     blocks = await qmp.execute("query-block")
