@@ -18,6 +18,7 @@ import trio_asyncio
 from attrs import frozen
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
 from qemu.qmp.protocol import StateError as QmpStateError
+from qemu.qmp.qmp_client import NegotiationError
 
 from qsnap.errors import QemuError
 from qsnap.host.clock import place_stamp, steady_s
@@ -204,13 +205,17 @@ async def _disconnect(client: QMPClient) -> None:
 
 
 async def _connect(client: QMPClient, path: str) -> None:
-    """Connect; QEMU binds its socket a moment before it listens, so a refusal is believed only after a while."""
+    """Connect; what may pass is believed only after a while.
+
+    QEMU binds its socket a moment before it listens. And an event that the client before has left unread comes where
+    the answer to the negotiation is expected.
+    """
     patience = trio.current_time() + REFUSED_FOR_S
     while True:
         try:
             await trio_asyncio.aio_as_trio(client.connect)(path)
             return
         except ConnectError as error:
-            if not isinstance(error.exc, ConnectionRefusedError) or trio.current_time() > patience:
+            if not isinstance(error.exc, ConnectionRefusedError | NegotiationError) or trio.current_time() > patience:
                 raise
         await trio.sleep(0.001)
