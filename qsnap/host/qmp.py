@@ -117,13 +117,13 @@ class Qmp:
                 return self._senseless(command)
         return error
 
-    async def send_fd(self, name: str, fd: int) -> None:
-        """Hand a copy of `fd` to QEMU, which knows it as `name` from then on (`getfd`)."""
+    async def send_fd(self, name: str, fd: int, *then: Command) -> None:
+        """Hand a copy of `fd` to QEMU, which knows it as `name` from then on (`getfd`); `then` is run right after."""
         try:
             await trio_asyncio.aio_as_trio(self._send_fd)(fd)
         except (OSError, QMPError) as error:
             raise QemuGoneError("QEMU ended before it was given a file", where=f"VM {self.vm}") from error
-        await self.execute("getfd", {"fdname": name})
+        await self.execute_all(("getfd", {"fdname": name}), *then)
 
     async def _send_fd(self, fd: int) -> None:
         self._client.send_fd_scm(fd)

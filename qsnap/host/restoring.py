@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 from attrs import define, evolve, field, frozen
@@ -31,6 +32,7 @@ from qsnap.rules.command import FilledRam, MappedRam, MemfdRam, MemoryBackend, R
 from qsnap.rules.engine import Version, precopy_is_safe
 
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}  #: ms; as QEMU does after a migration
+FD_NAME = "qsnap-device-stream"
 STANDSTILL_S = 120.0  #: QEMU may take its time for a long stream, but not for a piece of it
 PIECE_BYTES = 1 << 20
 
@@ -177,15 +179,19 @@ class _Restoring:
             disks = tuple(self._base(disk) for disk in saved.disks)
             start = Start(vm, index, saved.hardware, saved.accelerator, ram, disks, incoming=True)
             process = await start_process(live, self.runtime, start)
-        path = self.runtime.qmp_path(live.vne.name, vm.name)
-        qmp = await self.sessions.enter_async_context(open_qmp(path, vm=vm.name))
         # a UART that was saved while it sent waits for a listener, and without one at load it is silent for ever
         # (serial_post_load, hw/char/serial.c), so there is one until the guest runs
         console = self.runtime.console_path(live.vne.name, vm.name)
         await self.sessions.enter_async_context(await trio.open_unix_socket(console))
-        described = await describe(qmp, start, process, await layers_directory(live))
+        path = self.runtime.qmp_path(live.vne.name, vm.name)
+        qmp = await self.sessions.enter_async_context(open_qmp(path, vm=vm.name))
+        loading = partial(feed, qmp, self._stored(saved.device_stream), partial(self.progress, "load", vm.name))
+        calls: list[Callable[[], Awaitable[Any]]] = [
+            loading,
+            partial(describe, qmp, start, process, await layers_directory(live)),
+        ]
         try:
-            await feed(qmp, self._stored(saved.device_stream), partial(self.progress, "load", vm.name))
+            _, described = await run_all(calls)
         except QemuError as error:
             log = self.runtime.vm_directory(live.vne.name, vm.name) / "qemu.log"
             raise QemuError(
@@ -234,10 +240,6 @@ async def feed(qmp: Qmp, stream: Path, on_bytes: Callable[[int, int], None]) -> 
     `on_bytes` is told how many bytes of how many have been read.
     """
     inlet, outlet = os.pipe()
-    try:
-        await qmp.send_fd("qsnap-device-stream", inlet)
-    finally:
-        os.close(inlet)
     size = stream.stat().st_size
     with trio.move_on_after(STANDSTILL_S) as scope:
 
@@ -247,17 +249,22 @@ async def feed(qmp: Qmp, stream: Path, on_bytes: Callable[[int, int], None]) -> 
 
         # abandoned if cancelled: it then waits for a QEMU that does not read, and ends with it
         pour = partial(trio.to_thread.run_sync, _pour, stream, outlet, report, abandon_on_cancel=True)
-        await run_all([partial(_load_stream, qmp), pour])
+        await run_all([partial(_load_stream, qmp, inlet), pour])
     if scope.cancelled_caught:
         raise QemuError(f"QEMU took nothing of its state for {STANDSTILL_S:.0f} s", where=f"VM {qmp.vm}")
 
 
-async def _load_stream(qmp: Qmp) -> None:
+async def _load_stream(qmp: Qmp, inlet: int) -> None:
     capabilities = [{"capability": "events", "state": True}]
-    await qmp.execute_all(
-        ("migrate-set-capabilities", {"capabilities": capabilities}),
-        ("migrate-incoming", {"uri": "fd:qsnap-device-stream"}),
-    )
+    try:
+        await qmp.send_fd(
+            FD_NAME,
+            inlet,
+            ("migrate-set-capabilities", {"capabilities": capabilities}),
+            ("migrate-incoming", {"uri": f"fd:{FD_NAME}"}),
+        )
+    finally:
+        os.close(inlet)
     ends = ("completed", "failed")
     event = await qmp.wait_event(lambda event: event.name == "MIGRATION" and event.data["status"] in ends)
     if event.data["status"] == "failed":
@@ -301,25 +308,35 @@ def is_memory_file(path: Path) -> bool:
 
 
 async def _copy_ram(path: Path, size_bytes: int, fds: ExitStack) -> FilledRam:
-    fd = make_memory(size_bytes)
+    fd, memory = make_memory(size_bytes)
     fds.callback(os.close, fd)
-    await trio.to_thread.run_sync(fill_memory, fd, path, size_bytes)
+    with memory:
+        await trio.to_thread.run_sync(fill_memory, memory, path)
     return FilledRam(fd)
 
 
-def make_memory(size_bytes: int) -> int:
-    """A memfd of this size, in huge pages where enough of them are free."""
-    huge = size_bytes % hugepages.HUGE_PAGE_BYTES == 0
-    huge = huge and hugepages.pages_for(size_bytes) <= hugepages.free_pages()
-    fd = os.memfd_create("qsnap-ram", os.MFD_CLOEXEC | (os.MFD_HUGETLB if huge else 0))
-    os.ftruncate(fd, size_bytes)
-    return fd
+def make_memory(size_bytes: int) -> tuple[int, mmap.mmap]:
+    """A memfd of this size, mapped: in huge pages where enough of them are free, which only mapping it tells."""
+    try:
+        return _map_memfd(size_bytes, os.MFD_HUGETLB)
+    except OSError:
+        return _map_memfd(size_bytes, 0)
 
 
-def fill_memory(fd: int, path: Path, size_bytes: int) -> None:
-    """Copy the data of a sparse flat file to the same offsets of a memfd; holes stay zero."""
-    with path.open("rb") as file, mmap.mmap(fd, size_bytes) as memory:
-        for start, end in data_extents(file.fileno(), size_bytes):
+def _map_memfd(size_bytes: int, flags: int) -> tuple[int, mmap.mmap]:
+    fd = os.memfd_create("qsnap-ram", os.MFD_CLOEXEC | flags)
+    try:
+        os.ftruncate(fd, size_bytes)
+        return fd, mmap.mmap(fd, size_bytes)
+    except OSError:
+        os.close(fd)
+        raise
+
+
+def fill_memory(memory: mmap.mmap, path: Path) -> None:
+    """Copy the data of a sparse flat file to the same offsets in memory; holes stay zero."""
+    with path.open("rb") as file:
+        for start, end in data_extents(file.fileno(), len(memory)):
             file.seek(start)
             file.readinto(memoryview(memory)[start:end])  # huge pages take no write(2)
 

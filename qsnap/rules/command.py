@@ -123,9 +123,9 @@ def plan_command(
     """The whole command line. The VM starts paused, and with `incoming` waits for a stream."""
     directory = backends.directory.replace(",", ",,")
     sockets = (
-        f"socket,id=qmp,path={directory}/qmp.sock,server=on,wait=off",
         f"socket,id=monitor,path={directory}/monitor.sock,server=on,wait=off",
         f"socket,id=console,path={directory}/console.sock,server=on,wait=off,logfile={directory}/console.log",
+        f"socket,id=qmp,path={directory}/qmp.sock,server=on,wait=off",  # last: when it is there, all are
     )
     return [
         *(vm.qemu, "-name", name, "-S", "-display", "none"),
