@@ -12,11 +12,15 @@ from qsnap.rules.colouring import (
     AddTap,
     LinkStep,
     Move,
+    Remove,
     SetPort,
     plan_direction,
     plan_moves,
     plan_networks,
+    plan_removal,
+    plan_return,
 )
+from tests.samples import UNHURRIED
 
 IFNAMSIZ = 16
 
@@ -93,6 +97,7 @@ def taps_by_network(vne: VNE) -> dict[str, dict[str, str]]:
     }
 
 
+@UNHURRIED
 @given(vnes(), st.sampled_from(Colour))
 def test_at_rest_everybody_on_a_network_hears_everybody_and_nobody_else(vne: VNE, active: Colour) -> None:
     kernel = at_rest(vne, active)
@@ -101,6 +106,7 @@ def test_at_rest_everybody_on_a_network_hears_everybody_and_nobody_else(vne: VNE
             assert kernel.reached_from(tap) == taps.keys() - {tap}
 
 
+@UNHURRIED
 @given(vnes(), st.sampled_from(Colour), st.data())
 def test_in_a_cut_frames_pass_from_before_to_after_and_never_back(
     vne: VNE, active: Colour, data: st.DataObject
@@ -121,6 +127,7 @@ def test_in_a_cut_frames_pass_from_before_to_after_and_never_back(
                 assert kernel.reached_from(tap) == heard
 
 
+@UNHURRIED
 @given(vnes())
 def test_the_next_cut_goes_the_other_way(vne: VNE) -> None:
     kernel = at_rest(vne, Colour.RED)
@@ -141,7 +148,32 @@ def test_the_model_finds_a_wrong_direction() -> None:
     assert "tap1-0" in kernel.reached_from("tap0-0")
 
 
+@UNHURRIED
 @given(vnes(), st.sampled_from(Colour))
 def test_no_link_learns(vne: VNE, active: Colour) -> None:
     """An address learnt on a link would send a frame into it that is not flooded."""
     assert not any(at_rest(vne, active).learns.values())
+
+
+def test_taps_of_attached_vms_come_back_to_the_bridge_that_was_given() -> None:
+    vms = tuple(VM(f"vm{n}", 0, qmp="q", nics=(Nic("lan", "", tap=f"vnet{n}"),)) for n in (0, 1))
+    given_bridge = "bridge-of-a-user"[:15]
+    vne = VNE("lab", vms, (Network("lan", bridge=given_bridge), Network("dark")))
+    kernel = Kernel()
+    at_rest = {"vnet0": given_bridge, "vnet1": given_bridge}
+    kernel.master |= at_rest
+    kernel.apply(plan_networks(vne, Colour.RED))
+    assert kernel.reached_from("vnet0") == {"vnet1"}
+    kernel.apply([*plan_moves(vne, "vm0", Colour.BLUE)])
+    assert (kernel.reached_from("vnet0"), kernel.reached_from("vnet1")) == (set(), {"vnet0"})
+    kernel.apply([*plan_moves(vne, "vm1", Colour.BLUE), *plan_return(vne)])
+    assert at_rest.items() <= kernel.master.items()
+    added = set(kernel.peer) & set(kernel.master)
+    assert {step.name for step in plan_removal(vne) if isinstance(step, Remove)} - added == {
+        step.name for step in plan_networks(vne, Colour.RED) if isinstance(step, AddBridge)
+    }
+
+
+def test_without_bridges_nothing_moves() -> None:
+    vne = VNE("lab", (VM("vm0", 0, qmp="q", nics=(Nic("lan", "", tap="vnet0"),)),), (Network("lan"),))
+    assert plan_networks(vne, Colour.RED) == plan_return(vne) == plan_removal(vne) == []
