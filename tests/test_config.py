@@ -90,6 +90,16 @@ def test_sizes(size: str, expected_bytes: int) -> None:
     assert parse(one_vm(f"memory = {size}", 'kernel = "k"')).vms[0].memory_bytes == expected_bytes
 
 
+@pytest.mark.parametrize(("machine", "bus"), [("q35", "pci"), ("virt", "pci"), ("microvm", "device")])
+def test_virtio_is_on_the_bus_that_the_machine_has(machine: str, bus: str) -> None:
+    lines = ('memory = "2M"', 'disks = ["a", { file = "b" }]', 'nics = ["lan", { network = "lan" }]')
+    vm = parse(one_vm(*lines, f'machine = "{machine}"')).vms[0]
+    assert {disk.interface for disk in vm.disks} == {f"virtio-blk-{bus}"}
+    assert {nic.model for nic in vm.nics} == {f"virtio-net-{bus}"}
+    given = parse(one_vm(*lines[:1], 'disks = [{ file = "a", interface = "ide-hd" }]', f'machine = "{machine}"'))
+    assert given.vms[0].disks[0].interface == "ide-hd"
+
+
 def test_an_empty_value_overrides_a_default() -> None:
     vm = parse(LAB + 'kernel = ""\ndisks = ["b.qcow2"]\n').vms[1]
     assert (vm.kernel, vm.disks) == ("", (Disk("b.qcow2"),))

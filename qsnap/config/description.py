@@ -161,9 +161,14 @@ def _vm(source: Source, key: Key, settings: Settings, macs: dict[MacKey, str]) -
     for word in ("initrd", "append"):
         if fields.get(word) and not fields.get("kernel"):
             raise source.error(settings[word][0], f"`{word}` goes with `kernel`, which VM {key[-1]} has not")
-    nics = fields.pop("nics", ())
-    with_macs = tuple(evolve(nic, mac=macs[key, index]) for index, nic in enumerate(nics))
-    return VM(name=str(key[-1]), nics=with_macs, **fields)
+    bus = "device" if fields.get("machine", "").startswith("microvm") else "pci"  # virtio-mmio: it has no PCI
+    disks = (evolve(disk, interface=disk.interface or f"virtio-blk-{bus}") for disk in fields.pop("disks", ()))
+    nics = (evolve(nic, mac=macs[key, index]) for index, nic in enumerate(_cards(fields.pop("nics", ()), bus)))
+    return VM(name=str(key[-1]), disks=tuple(disks), nics=tuple(nics), **fields)
+
+
+def _cards(nics: tuple[Nic, ...], bus: str) -> tuple[Nic, ...]:
+    return tuple(evolve(nic, model=nic.model or f"virtio-net-{bus}") for nic in nics)
 
 
 def _attached_vm(source: Source, key: Key, settings: Settings) -> VM:
@@ -173,9 +178,8 @@ def _attached_vm(source: Source, key: Key, settings: Settings) -> VM:
         if field not in _ATTACHED_FIELDS and place[:2] == key:
             advice = f"Beside `qmp` there may be: {', '.join(_ATTACHED_FIELDS)}."
             raise source.error(place, "is learned from the running VM", advice)
-    return VM(
-        name=str(key[-1]), memory_bytes=0, qmp=fields["qmp"], nics=fields.get("nics", ()), qemu=fields.get("qemu", "")
-    )
+    nics = _cards(fields.get("nics", ()), "pci")
+    return VM(name=str(key[-1]), memory_bytes=0, qmp=fields["qmp"], nics=nics, qemu=fields.get("qemu", ""))
 
 
 def _macs(source: Source, vne_name: str, given: dict[Key, Settings]) -> dict[MacKey, str]:
@@ -228,22 +232,25 @@ def _network_name(source: Source, key: Key, value: object) -> str:
 
 
 def _nic(source: Source, key: Key, value: object) -> Nic:
-    """A NIC whose MAC is empty if none was asked for."""
+    """A NIC whose MAC and model are empty if none were asked for."""
     if isinstance(value, str):
-        return Nic(_network_name(source, key, value), "")
+        return Nic(_network_name(source, key, value), "", "")
     given = table(source, key, value, ("network", "mac", "model", "tap"))
     required(source, key, given, "network", '{ network = "lan" }')
     readers: dict[str, Reader[str]] = {"network": _network_name, "mac": _mac, "model": _device, "tap": _interface}
-    return Nic(**{"mac": "", **{word: readers[word](source, (*key, word), item) for word, item in given.items()}})
+    values = {word: readers[word](source, (*key, word), item) for word, item in given.items()}
+    return Nic(**{"mac": "", "model": "", **values})
 
 
 def _disk(source: Source, key: Key, value: object) -> Disk:
+    """A disk whose interface is empty if none was asked for."""
     if isinstance(value, str):
-        return Disk(_disk_file(source, key, value))
+        return Disk(_disk_file(source, key, value), interface="")
     given = table(source, key, value, ("file", "format", "interface"))
     required(source, key, given, "file", '{ file = "disk.qcow2" }')
     readers: dict[str, Reader[str]] = {"file": _disk_file, "format": one_of(_FORMATS), "interface": _device}
-    return Disk(**{word: readers[word](source, (*key, word), item) for word, item in given.items()})
+    values = {word: readers[word](source, (*key, word), item) for word, item in given.items()}
+    return Disk(**{"interface": "", **values})
 
 
 def _disk_file(source: Source, key: Key, value: object) -> str:
@@ -299,7 +306,7 @@ _READERS: dict[str, Reader[Any]] = {
     "append": string,
     "disks": tuple_of(_disk),
     "nics": tuple_of(_nic),
-    "network": lambda source, key, value: (Nic(_network_name(source, key, value), ""),),
+    "network": lambda source, key, value: (Nic(_network_name(source, key, value), "", ""),),
     "extra": _extra,
     "qmp": lambda source, key, value: path(source, key, _filled(source, key, value)),
 }

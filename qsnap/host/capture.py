@@ -370,9 +370,13 @@ async def probe_background(qmp: Qmp) -> str:
 
 
 async def probe_migration(qmp: Qmp) -> str:
-    """QEMU's reasons not to migrate this VM at all, or nothing."""
-    info = await qmp.execute("query-migrate")
-    return "; ".join(info.get("blocked-reasons", ()))
+    """The reasons not to migrate this VM at all, QEMU's and our own, or nothing."""
+    info, memory = await qmp.execute_all(("query-migrate", {}), ("query-memory-devices", {}))
+    reasons = list(info.get("blocked-reasons", ()))
+    for device in memory:
+        if device["type"] == "virtio-mem":  # it comes before the RAM, and its length cannot be known
+            reasons.append(f"the state of the virtio-mem device {device['data'].get('id', '')} cannot be told from RAM")
+    return "; ".join(reasons)
 
 
 async def query_ram(qmp: Qmp) -> dict[str, int]:

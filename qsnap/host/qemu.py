@@ -25,6 +25,11 @@ from qsnap.model import Accelerator
 
 KVM_PROBE_TIMEOUT_S = 15.0
 DYING_S = 0.3
+_PACKAGES = {
+    "qemu-img": "qemu-utils",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-system-aarch64": "qemu-system-arm",
+}
 
 # mov ax, 10h; mov dx, 501h; out dx, ax; hlt: ends QEMU with status 2 * 0x10 + 1 through isa-debug-exit
 _PROBE_CODE = bytes((0xB8, 0x10, 0x00, 0xBA, 0x01, 0x05, 0xEF, 0xF4))
@@ -55,7 +60,7 @@ def find_program(name: str) -> str:
     """The absolute path of a program. Raises HostError with the package to install."""
     path = shutil.which(name)
     if path is None:
-        package = "qemu-utils" if "qemu-img" in name else "qemu-system-x86"
+        package = _PACKAGES.get(os.path.basename(name), "qemu-system")
         raise HostError(f"{name} is not installed", advice=f"Install it: apt install {package}")
     return os.path.abspath(path)
 

@@ -211,7 +211,8 @@ class _Restoring:
         if saved.recorded:
             return self._provide_empty_ram(saved)
         directory = self._stored(saved.device_stream).parent
-        eager, why = choose_ram(self.mode, saved.accelerator, self.version or saved.qemu_version, directory)
+        by_precopy = precopy_is_safe(self.version or saved.qemu_version, saved.accelerator, len(saved.ram))
+        eager, why = choose_ram(self.mode, directory, by_precopy=by_precopy)
         self.how[saved.vm.name] = why
         provided = []
         for block in saved.ram:
@@ -283,18 +284,18 @@ async def run_on(qmp: Qmp) -> None:
     await qmp.execute_all(("cont", {}), ("announce-self", ANNOUNCE))
 
 
-def choose_ram(mode: RamMode, accelerator: Accelerator, version: Version, path: Path) -> tuple[bool, str]:
-    """Whether RAM is copied before the guest runs, and why.
+def choose_ram(mode: RamMode, directory: Path, *, by_precopy: bool) -> tuple[bool, str]:
+    """Whether RAM is copied before the guest runs, and why. The flat files are in `directory`.
 
     RAM mapped from a file on disk cannot be write-protected, so such a VM can next be saved by precopy only; where
-    that is unsafe it gets RAM of its own.
+    that is unsafe (not `by_precopy`) it gets RAM of its own.
     """
     if mode is not RamMode.AUTO:
         eager = mode is RamMode.EAGER
         return eager, f"{'copied' if eager else 'mapped from the flat file, copy-on-write'}, as asked for"
-    if precopy_is_safe(version, accelerator) or is_memory_file(path):
+    if by_precopy or is_memory_file(directory):
         return False, "mapped from the flat file, copy-on-write"
-    return True, "copied: mapped from a disk, this QEMU could not save it again (precopy under TCG needs 9.0)"
+    return True, "copied: mapped from a disk, it could not be saved again (precopy is not safe for it under TCG)"
 
 
 def is_memory_file(path: Path) -> bool:

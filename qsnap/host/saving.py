@@ -327,6 +327,7 @@ async def gather_facts(qmp: Qmp, vm: LiveVM, *, waits: bool) -> Facts:
         running=await is_running(qmp),
         background_refusal=await probe_background(qmp),
         precopy_refusal=await probe_migration(qmp),
+        ram_blocks=len(await query_ram(qmp)),
         waits=waits,
     )
 

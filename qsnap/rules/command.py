@@ -19,6 +19,8 @@ NODE_RAM = "ram-node{}"
 DIMM_RAM = "ram-dimm{}"
 DISK_NODE = "disk{}"  #: the block node a disk device is started with
 DISK_DEVICE = "disk{}-device"
+PFLASH = "pflash"  #: the interface of a disk that is flash memory of the machine: firmware, or its variables
+NICS_WITHOUT_ROM = ("-device", "-ccw", "_isa", "usb-net")  #: ends of the names of those that are not on PCI
 
 
 @frozen
@@ -88,8 +90,13 @@ def plan_ram(vm: VM, ram: Ram) -> tuple[MemoryBackend, ...]:
 def plan_hardware(vm: VM, accelerator: Accelerator) -> tuple[str, ...]:
     """The guest-visible half of the command line. `machine` may still be an alias such as `pc`."""
     cpu = vm.cpu or ("host" if accelerator is Accelerator.KVM else "")
+    flash = [index for index, disk in enumerate(vm.disks) if disk.interface == PFLASH]
+    properties = [
+        *(() if vm.numa else (f"memory-backend={RAM_ID}",)),
+        *(f"{PFLASH}{unit}={DISK_NODE.format(index)}" for unit, index in enumerate(flash)),
+    ]
     arguments = [
-        *("-machine", vm.machine if vm.numa else f"{vm.machine},memory-backend={RAM_ID}"),
+        *("-machine", ",".join((vm.machine, *properties))),
         *("-m", f"{vm.memory_bytes}B" + (f",slots={len(vm.dimms)},maxmem={vm.ram_bytes}B" if vm.dimms else "")),
         *("-smp", str(vm.vcpus)),
         *(word for node in range(len(vm.numa)) for word in ("-numa", f"node,memdev={NODE_RAM.format(node)}")),
@@ -100,11 +107,14 @@ def plan_hardware(vm: VM, accelerator: Accelerator) -> tuple[str, ...]:
     for index in range(len(vm.dimms)):
         arguments += ["-device", f"pc-dimm,memdev={DIMM_RAM.format(index)},id=dimm{index}"]
     for index, disk in enumerate(vm.disks):
+        if index in flash:
+            continue
         drive, device = DISK_NODE.format(index), DISK_DEVICE.format(index)
         arguments += ["-device", f"{disk.interface},drive={drive},id={device}"]
     for index, nic in enumerate(vm.nics):
         # without a boot ROM: its size differs between QEMU versions, which a stream would not survive
-        arguments += ["-device", f"{nic.model},netdev=net{index},mac={nic.mac},id=nic{index},romfile="]
+        rom = "" if nic.model.endswith(NICS_WITHOUT_ROM) else ",romfile="
+        arguments += ["-device", f"{nic.model},netdev=net{index},mac={nic.mac},id=nic{index}{rom}"]
     for option in ("kernel", "initrd", "append"):
         if value := getattr(vm, option):
             arguments += [f"-{option}", value]

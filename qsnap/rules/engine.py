@@ -11,7 +11,7 @@ from collections.abc import Callable
 from attrs import frozen
 
 from qsnap.errors import EngineRefusedError
-from qsnap.model import Accelerator, Engine
+from qsnap.model import Accelerator, Engine, version_text
 from qsnap.rules.disks import INACTIVE_DISKS_REVIVED_SINCE
 
 Version = tuple[int, int, int]
@@ -19,6 +19,7 @@ Version = tuple[int, int, int]
 USERFAULTFD_ADVICE = (
     "Root can allow it: sysctl vm.unprivileged_userfaultfd=1 or, from QEMU 8.0 on, access to /dev/userfaultfd."
 )
+_BLOCKED = "No engine can save such a VM: take away what is named, and start it again."
 
 TCG_PRECOPY_SINCE: Version = (9, 0, 0)  #: "dirty bitmap coherency with TCG memory access"; corrupt images before
 
@@ -37,6 +38,7 @@ class Facts:
     running: bool
     background_refusal: str
     precopy_refusal: str
+    ram_blocks: int = 1  #: memory backends
     copies_disks: bool = False  #: a disk is kept by a copy that goes on after the cut
     waits: bool = False  #: a barrier cut of several VMs: it stays paused until the slowest has stopped
 
@@ -49,9 +51,13 @@ class Decision:
     reason: str
 
 
-def precopy_is_safe(version: Version, accelerator: Accelerator) -> bool:
-    """Whether QEMU's dirty log can be trusted: under TCG it loses writes before QEMU 9.0."""
-    return accelerator is Accelerator.KVM or version >= TCG_PRECOPY_SINCE
+def precopy_is_safe(version: Version, accelerator: Accelerator, ram_blocks: int) -> bool:
+    """Whether QEMU's dirty log can be trusted.
+
+    Under TCG it loses writes before QEMU 9.0, and since then those to any memory backend but the first: the TLB
+    entries are reset of another part of memory (physical_memory_sync_dirty_bitmap, migration/ram.c).
+    """
+    return accelerator is Accelerator.KVM or (version >= TCG_PRECOPY_SINCE and ram_blocks == 1)
 
 
 def keeps_paused(version: Version) -> bool:
@@ -94,6 +100,8 @@ def _choose(facts: Facts) -> Decision:
         return Decision(Engine.PRECOPY, f"{why}; precopy loses less guest work while it converges")
     if background is None:
         return Decision(Engine.BACKGROUND, f"precopy refused: {precopy.message}")
+    if background.message == precopy.message:
+        raise precopy
     raise EngineRefusedError(
         f"no engine can capture it. background: {background.message}; precopy: {precopy.message}",
         where=f"VM {facts.vm}",
@@ -116,9 +124,9 @@ def _refusal(check: Callable[[Facts], None], facts: Facts) -> EngineRefusedError
 
 def _check_background(facts: Facts) -> None:
     if facts.background_refusal:
-        raise EngineRefusedError(
-            facts.background_refusal, where=f"VM {facts.vm}", advice=_background_advice(facts.background_refusal)
-        )
+        of_any = facts.background_refusal == facts.precopy_refusal
+        advice = _BLOCKED if of_any else _background_advice(facts.background_refusal)
+        raise EngineRefusedError(facts.background_refusal, where=f"VM {facts.vm}", advice=advice)
 
 
 def _background_advice(reason: str) -> str:
@@ -133,13 +141,8 @@ def _background_advice(reason: str) -> str:
 
 
 def _check_precopy(facts: Facts) -> None:
-    if facts.running and not precopy_is_safe(facts.qemu_version, facts.accelerator):
-        version = ".".join(map(str, facts.qemu_version))
-        raise EngineRefusedError(
-            f"precopy under TCG loses writes before QEMU 9.0, and this is {version}",
-            where=f"VM {facts.vm}",
-            advice="Take background, or start the VM with QEMU 9.0 or newer (scripts/qemu-alongside fetches one).",
-        )
+    if facts.running and not precopy_is_safe(facts.qemu_version, facts.accelerator, facts.ram_blocks):
+        raise _unsafe_precopy(facts)
     if facts.copies_disks and facts.qemu_version < INACTIVE_DISKS_REVIVED_SINCE:
         raise EngineRefusedError(
             "precopy cannot begin copies of disks before QEMU 10.0",
@@ -150,5 +153,19 @@ def _check_precopy(facts: Facts) -> None:
         raise EngineRefusedError(
             facts.precopy_refusal,
             where=f"VM {facts.vm}",
-            advice="QEMU refuses any migration of this VM: take the device away that it names.",
+            advice=_BLOCKED,
         )
+
+
+def _unsafe_precopy(facts: Facts) -> EngineRefusedError:
+    if facts.qemu_version < TCG_PRECOPY_SINCE:
+        return EngineRefusedError(
+            f"precopy under TCG loses writes before QEMU 9.0, and this is {version_text(facts.qemu_version)}",
+            where=f"VM {facts.vm}",
+            advice="Take background, or start the VM with QEMU 9.0 or newer (scripts/qemu-alongside fetches one).",
+        )
+    return EngineRefusedError(
+        f"precopy under TCG loses writes to memory in several pieces, and this VM's is in {facts.ram_blocks}",
+        where=f"VM {facts.vm}",
+        advice="Take background, or give the VM neither `numa` nor `dimms`.",
+    )

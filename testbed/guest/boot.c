@@ -142,7 +142,7 @@ long option(const char *name, long fallback) {
 uint64_t random_nonce(void) {
     uint64_t random = 0;
     syscall(SYS_getrandom, &random, sizeof random, GRND_INSECURE);
-    uint64_t nonce = mix64(random ^ __builtin_ia32_rdtsc() ^ (uint64_t)option("id", 1) << 56);
+    uint64_t nonce = mix64(random ^ now_ns() ^ (uint64_t)option("id", 1) << 56);
     return nonce ? nonce : 1;
 }
 

@@ -12,6 +12,12 @@
 
 #include "guest.h"
 
+#ifdef __aarch64__
+#define CONSOLE "/dev/ttyAMA0"
+#else
+#define CONSOLE "/dev/ttyS0"
+#endif
+
 int console_fd = -1;
 static char output[1 << 16], line[256], finish_tag[32];
 static size_t output_bytes, line_bytes;
@@ -19,7 +25,7 @@ static bool finish_asked;
 
 void console_open(void) {
     struct termios mode;
-    console_fd = open("/dev/ttyS0", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+    console_fd = open(CONSOLE, O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
     if (tcgetattr(console_fd, &mode) < 0) return;
     cfmakeraw(&mode);
     tcsetattr(console_fd, TCSANOW, &mode);

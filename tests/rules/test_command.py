@@ -103,6 +103,19 @@ def test_commas_in_a_path_are_no_new_option() -> None:
     assert all("path=/run/q,,snap/web/" in word for word in sockets)
 
 
+def test_flash_memory_belongs_to_the_machine() -> None:
+    flash = tuple(Disk(f"/{name}.fd", "raw", "pflash") for name in ("code", "vars"))
+    hardware = plan_hardware(evolve(VM_, disks=(*flash, Disk("/a.qcow2"))), Accelerator.TCG)
+    assert hardware[1] == "pc,memory-backend=pc.ram,pflash0=disk0,pflash1=disk1"
+    assert [word for word in hardware if "drive=" in word] == ["virtio-blk-pci,drive=disk2,id=disk2-device"]
+
+
+def test_only_a_card_on_pci_has_a_boot_rom() -> None:
+    nics = tuple(Nic("lan", "52:54:00:00:00:01", model) for model in ("e1000", "virtio-net-device"))
+    hardware = plan_hardware(evolve(VM_, nics=nics), Accelerator.TCG)
+    assert [word.endswith("romfile=") for word in hardware if "netdev=" in word] == [True, False]
+
+
 def test_kvm_takes_the_hosts_processor_unless_told_otherwise() -> None:
     assert plan_hardware(VM_, Accelerator.KVM)[6:8] == ("-cpu", "host")
     assert "-cpu" not in plan_hardware(VM_, Accelerator.TCG)

@@ -34,6 +34,9 @@ MEMORY = "Background-snapshot is not compatible with guest memory configuration"
         ({"hugetlb": True, "background_refusal": MEMORY}, Engine.PRECOPY),
         ({"qemu_version": (7, 2, 22)}, Engine.BACKGROUND),
         ({"qemu_version": (7, 2, 22), "accelerator": Accelerator.KVM}, Engine.PRECOPY),
+        ({"ram_blocks": 2}, Engine.BACKGROUND),
+        ({"ram_blocks": 2, "running": False, "background_refusal": MEMORY}, Engine.PRECOPY),
+        ({"ram_blocks": 2, "accelerator": Accelerator.KVM}, Engine.PRECOPY),
         ({"precopy_refusal": "VFIO"}, Engine.BACKGROUND),
         ({"running": False}, Engine.BACKGROUND),
         ({"running": False, "qemu_version": (7, 2, 22)}, Engine.PRECOPY),
@@ -74,6 +77,11 @@ def test_every_combination_is_decided_or_refused_with_a_way_out() -> None:
 def test_precopy_under_old_tcg_is_refused_by_name(engine: Engine) -> None:
     with pytest.raises(EngineRefusedError, match=r"TCG loses writes before QEMU 9\.0, and this is 8\.2\.1"):
         choose_engine(engine, evolve(PLAIN, qemu_version=(8, 2, 1)))
+
+
+def test_precopy_of_memory_in_pieces_is_refused_under_tcg() -> None:
+    with pytest.raises(EngineRefusedError, match="loses writes to memory in several pieces, and this VM's is in 3"):
+        choose_engine(Engine.PRECOPY, evolve(PLAIN, ram_blocks=3))
 
 
 def test_a_refusal_is_qemus_own_reason() -> None:
