@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from attrs import define, field
 from qsnap.errors import HostError, QemuError, QsnapError, StreamError
 
 DISCARD_BYTES = 1 << 20
+STANDSTILL_S = 5.0  #: what comes no more will not come: no migration has taken the stream up, and nobody closes it
 
 
 @define
@@ -32,6 +34,7 @@ class Daemon:
     ready: trio.Event = field(factory=trio.Event)  #: it reads the stream from now on
     tracking: trio.Event = field(factory=trio.Event)  #: set at the first RAM record: QEMU tracks writes by now
     ended: trio.Event = field(factory=trio.Event)
+    listened: trio.Event = field(factory=trio.Event)  #: `listen` has ended, which reads its descriptors
     result: dict[str, Any] = field(factory=dict)
     failure: QsnapError | None = None
     _discarding: trio.Lock = field(factory=trio.Lock)
@@ -67,12 +70,19 @@ class Daemon:
         async with self._discarding:
             with trio.CancelScope(shield=True):  # QEMU holds its locks while it waits for a reader
                 while True:
-                    await trio.lowlevel.wait_readable(self.spare_fd)
-                    if not os.read(self.spare_fd, DISCARD_BYTES):
+                    with trio.move_on_after(STANDSTILL_S) as patience:
+                        await trio.lowlevel.wait_readable(self.spare_fd)
+                    if patience.cancelled_caught or not os.read(self.spare_fd, DISCARD_BYTES):
                         return
 
     async def listen(self) -> None:
-        """Take in the daemon's messages until it ends."""
+        """Take in the daemon's messages until it ends, and what is left of its stream if that must not break."""
+        try:
+            await self._listen()
+        finally:
+            self.listened.set()
+
+    async def _listen(self) -> None:
         buffer = b""
         try:
             while chunk := await self.status.receive_some(65536):
@@ -82,7 +92,10 @@ class Daemon:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # it died, or is no longer needed: the same as an end without a result
         if not self.result and self.failure is None:
-            self.failure = QemuError("the receiver ended before the stream did", where=self.where)
+            await self.process.wait()
+            how = "was killed" if self.process.returncode == -signal.SIGKILL else "ended"
+            advice = "Is the host out of memory? See dmesg."
+            self.failure = QemuError(f"the receiver {how} before the stream did", where=self.where, advice=advice)
         for event in (self.ready, self.tracking, self.ended):
             event.set()
         if self.failure is not None:
@@ -195,5 +208,6 @@ async def _start(
         with trio.CancelScope(shield=True):
             await process.wait()
             await daemon.status.aclose()
+            await daemon.listened.wait()
         if spare_fd is not None:
             os.close(spare_fd)

@@ -19,7 +19,7 @@ from qsnap.host.qemu import choose_accelerator
 from qsnap.host.qmp import open_loop, open_qmp
 from qsnap.host.recovery import exclusive, recover
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
-from qsnap.host.starting import DiskBase, Start, build_networks, describe, layers_directory, start_process
+from qsnap.host.starting import DiskBase, Start, build_networks, describe, layers_directory, open_started, start_process
 from qsnap.host.takedown import take_down
 from qsnap.host.tasks import one_error, run_all
 from qsnap.model import VM, VNE, Accelerator, Backing, Colour
@@ -103,7 +103,8 @@ async def _bring_up(live: LiveVNE, runtime: Runtime, progress: Progress) -> None
 async def _start(live: LiveVNE, runtime: Runtime, start: Start, progress: Progress) -> LiveVM:
     progress("start", start.vm.name, 0, 1)
     process = await start_process(live, runtime, start)
-    async with open_qmp(runtime.qmp_path(live.vne.name, start.vm.name), vm=start.vm.name) as qmp:
+    async with AsyncExitStack() as stack:
+        qmp = await open_started(stack, runtime, live.vne.name, start.vm.name)
         started = await describe(qmp, start, process, await layers_directory(live))
     progress("start", start.vm.name, 1, 1)
     return started

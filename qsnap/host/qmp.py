@@ -74,7 +74,11 @@ class Qmp:
         self._client = client
         self._answer_s = answer_s
         self._changed = trio.Event()
-        self._lost = False
+
+    @property
+    def lost(self) -> bool:
+        """Whether the connection has ended."""
+        return self._client.runstate is not Runstate.RUNNING
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run one command and return its value.
@@ -99,6 +103,10 @@ class Qmp:
                 raise self._senseless(command)
         return answers
 
+    def _gone(self, when: str) -> QemuGoneError:
+        advice = "Is it dead? See `qsnap ps` and its qemu.log."
+        return QemuGoneError(f"QEMU ended, or closed its QMP socket, {when}", where=f"VM {self.vm}", advice=advice)
+
     def _senseless(self, command: str) -> QemuError:
         return QemuError(f"QEMU's answer to {command} makes no sense", where=f"VM {self.vm}")
 
@@ -112,7 +120,7 @@ class Qmp:
             case ExecuteError():
                 return QmpError(command, str(error), vm=self.vm)
             case ExecInterruptedError() | QmpStateError() | OSError() | EOFError():
-                return QemuGoneError(f"QEMU ended during {command}", where=f"VM {self.vm}")
+                return self._gone(f"during {command}")
             case QMPError():
                 return self._senseless(command)
         return error
@@ -122,7 +130,7 @@ class Qmp:
         try:
             await trio_asyncio.aio_as_trio(self._send_fd)(fd)
         except (OSError, QMPError) as error:
-            raise QemuGoneError("QEMU ended before it was given a file", where=f"VM {self.vm}") from error
+            raise self._gone("before it was given a file") from error
         await self.execute_all(("getfd", {"fdname": name}), *then)
 
     async def _send_fd(self, fd: int) -> None:
@@ -136,8 +144,8 @@ class Qmp:
                 if matches(event):
                     return event
             position = len(self.events)
-            if self._lost:
-                raise QemuGoneError("QEMU ended", where=f"VM {self.vm}")
+            if self.lost:
+                raise self._gone("meanwhile")
             await self._changed.wait()
 
     def _note(self, message: Mapping[str, Any]) -> bool:
@@ -161,7 +169,6 @@ class Qmp:
     async def _watch(self) -> None:
         while self._client.runstate is Runstate.RUNNING:
             await self._client.runstate_changed()
-        self._lost = True
         self._wake()
 
 
@@ -188,9 +195,10 @@ async def open_qmp(path: str, *, vm: str, timeout_s: float = 10.0, answer_s: flo
     try:
         with trio.fail_after(timeout_s):
             await _connect(client, path)
-    except (trio.TooSlowError, QMPError, OSError, AssertionError) as error:  # it asserts that the session goes on
+    except (trio.TooSlowError, QMPError, OSError, EOFError, AssertionError) as error:  # it asserts that it goes on
         await _disconnect(client)
-        raise QemuGoneError(f"QEMU does not answer on {path} ({error})", where=f"VM {vm}") from error
+        advice = "Is it dead? See `qsnap ps` and its qemu.log. Does another program hold the socket?"
+        raise QemuGoneError(f"QEMU does not answer on {path} ({error})", where=f"VM {vm}", advice=advice) from error
     watch = trio_asyncio.current_loop.get().create_task(qmp._watch())
     try:
         yield qmp

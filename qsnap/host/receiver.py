@@ -308,6 +308,9 @@ def _receive(options: argparse.Namespace, status: Status) -> int:
         kind = "space" if error.errno in _NO_SPACE else "os"
         status.send("error", kind=kind, message=str(error))
         return HostError.exit_code
+    except MemoryError:
+        status.send("error", kind="os", message="the receiver got no memory", advice="Free some of the host's memory.")
+        return HostError.exit_code
     return 0
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +56,8 @@ async def exclusive(runtime: Runtime, vne: str, *, after_all: bool = False) -> A
                 await put_right(vne, runtime)
             journal = runtime.journal(vne)
             try:
-                yield journal
+                with one_error():  # whose notes the user will see
+                    yield journal
             except BaseException as error:
                 journal.close()
                 with trio.CancelScope(shield=True):
@@ -130,10 +131,12 @@ async def put_snapshot_right(
         return
     directory = store.root / vne / snapshot_dir(found.operation.snapshot)
     undoing = _Undoing(live, runtime, directory, sessions or {}, readers or {})
-    kept = await run_each([partial(undoing.bring_back, member) for member in found.members])
+    try:
+        kept = await run_each([partial(undoing.bring_back, member) for member in found.members])
+    finally:
+        await _move_back(live)  # even if a VM cannot be reached: the others shall reach each other
     live = with_vms(live, filter(None, kept))
     runtime.save(live)
-    await _move_back(live)
     await _end_receivers(store, vne, found.operation.snapshot)
     await _collect(vne, live.store, live.layers_in_use())
 
@@ -171,13 +174,14 @@ class _Undoing:
 
     @asynccontextmanager
     async def _session(self, vm: LiveVM) -> AsyncIterator[Qmp]:
-        if qmp := self.sessions.get(vm.vm.name):
+        qmp = self.sessions.get(vm.vm.name)
+        if qmp is not None and not qmp.lost:
             yield qmp
             return
         if must_read_to_end(vm.qemu_version) and not find_processes([f"{self.directory / vm.vm.name}"]):
             await release_memory(vm.process)  # nobody reads its stream: QEMU itself may stand still, and not answer
-        async with open_qmp(self.runtime.qmp_path(self.live.vne.name, vm.vm.name), vm=vm.vm.name) as qmp:
-            yield qmp
+        async with AsyncExitStack() as stack:
+            yield await open_session(stack, self.runtime, self.live.vne.name, vm.vm.name)
 
     async def _abandon(self, qmp: Qmp, vm: LiveVM, member: Member) -> None:
         if not must_read_to_end(vm.qemu_version):
@@ -186,6 +190,14 @@ class _Undoing:
         # in another process nothing is left to be done but to wait: the receiver reads on, or QEMU sees it gone
         await abandon(qmp, running=member.running, read_rest=self.readers.get(member.vm, trio.sleep_forever))
         await release_memory(vm.process)
+
+
+async def open_session(stack: AsyncExitStack, runtime: Runtime, vne: str, vm: str) -> Qmp:
+    """A QMP session for as long as `stack` lasts: over qsnap's own socket, or else over the other one."""
+    try:
+        return await stack.enter_async_context(open_qmp(runtime.qmp_path(vne, vm), vm=vm))
+    except QemuGoneError:
+        return await stack.enter_async_context(open_qmp(runtime.monitor_path(vne, vm), vm=vm))
 
 
 async def _move_back(live: LiveVNE) -> None:

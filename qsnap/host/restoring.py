@@ -20,10 +20,10 @@ from qsnap.host.journal import Kind, Operation
 from qsnap.host.lifecycle import choose_rams
 from qsnap.host.place import Place, Progress, no_progress
 from qsnap.host.qemu import has_ended, kvm_works, last_words, program_version
-from qsnap.host.qmp import Qmp, open_qmp
+from qsnap.host.qmp import Qmp
 from qsnap.host.recovery import exclusive
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
-from qsnap.host.starting import DiskBase, Start, build_networks, describe, layers_directory, start_process
+from qsnap.host.starting import DiskBase, Start, build_networks, describe, layers_directory, open_started, start_process
 from qsnap.host.store import Store
 from qsnap.host.takedown import take_down
 from qsnap.host.tasks import run_all
@@ -183,8 +183,7 @@ class _Restoring:
         # (serial_post_load, hw/char/serial.c), so there is one until the guest runs
         console = self.runtime.console_path(live.vne.name, vm.name)
         await self.sessions.enter_async_context(await trio.open_unix_socket(console))
-        path = self.runtime.qmp_path(live.vne.name, vm.name)
-        qmp = await self.sessions.enter_async_context(open_qmp(path, vm=vm.name))
+        qmp = await open_started(self.sessions, self.runtime, live.vne.name, vm.name)
         loading = partial(feed, qmp, self._stored(saved.device_stream), partial(self.progress, "load", vm.name))
         calls: list[Callable[[], Awaitable[Any]]] = [
             loading,
@@ -288,11 +287,14 @@ def choose_ram(mode: RamMode, directory: Path, *, by_precopy: bool) -> tuple[boo
     """Whether RAM is copied before the guest runs, and why. The flat files are in `directory`.
 
     RAM mapped from a file on disk cannot be write-protected, so such a VM can next be saved by precopy only; where
-    that is unsafe (not `by_precopy`) it gets RAM of its own.
+    that is unsafe (not `by_precopy`) it gets RAM of its own. So it does in a read-only store: QEMU opens what it maps
+    for writing.
     """
     if mode is not RamMode.AUTO:
         eager = mode is RamMode.EAGER
         return eager, f"{'copied' if eager else 'mapped from the flat file, copy-on-write'}, as asked for"
+    if os.statvfs(directory).f_flag & os.ST_RDONLY:
+        return True, "copied: the store is read-only"
     if by_precopy or is_memory_file(directory):
         return False, "mapped from the flat file, copy-on-write"
     return True, "copied: mapped from a disk, it could not be saved again (precopy is not safe for it under TCG)"

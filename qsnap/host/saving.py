@@ -13,7 +13,7 @@ from pathlib import Path
 import trio
 from attrs import define, evolve, field
 
-from qsnap.errors import IntegrityError, QsnapError, StateError
+from qsnap.errors import IntegrityError, QemuError, QsnapError, StateError
 from qsnap.host.bridges import Links, open_links
 from qsnap.host.capture import (
     Background,
@@ -32,8 +32,8 @@ from qsnap.host.disks import DiskCut, DiskPlan, image_of, plan_disks, tidy_disks
 from qsnap.host.journal import Journal, Kind, Member, Operation
 from qsnap.host.owner import put_back, set_aside
 from qsnap.host.place import Place, Progress, no_progress
-from qsnap.host.qmp import Qmp, open_qmp
-from qsnap.host.recovery import Reader, exclusive, put_snapshot_right, recovery_command, settled
+from qsnap.host.qmp import Qmp
+from qsnap.host.recovery import Reader, exclusive, open_session, put_snapshot_right, recovery_command, settled
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import find_qemu_img, layers_directory
 from qsnap.host.store import Store
@@ -44,6 +44,7 @@ from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine,
 from qsnap.rules.manifest import files_in
 
 DEVICE_RAM_BYTES = 2 << 30  #: allowed for in a stream beside the guest's memory: video RAM, ROMs, tables
+ENDED = ("guest-panicked", "shutdown", "internal-error")  #: run states of a VM whose guest cannot go on
 RECORD_LIMIT = 4  #: times the guest's memory, beside the above, is what a recorded stream may grow to
 
 
@@ -59,8 +60,9 @@ async def snapshot(
 ) -> Snapshot:
     """Save a running VNE under `name` (default: the date and time), and return what was saved and what it cost.
 
-    The VMs run on. Raises BusyError while another operation is at work on the VNE, EngineRefusedError before
-    anything is paused, and on any failure leaves the VMs running and nothing behind.
+    The VMs run on. Raises BusyError while another operation is at work on the VNE; EngineRefusedError, and StateError
+    for a VM that is dead, has panicked or is shut down, before anything is paused. On any failure it leaves the VMs
+    running and nothing behind.
     """
     runtime = (place or Place()).runtime()
     name = name or time.strftime("%Y%m%d-%H%M%S")
@@ -137,18 +139,24 @@ class _Saving:
     async def _save(self) -> Snapshot:
         await self.links.apply(plan_direction(self.live.vne, self.live.active))
         members = await run_all([partial(self._prepare, vm) for vm in self.live.vms])
-        await self._make_cut(members)
-        if self.live.vne.attached:
-            await self.links.apply(plan_return(self.live.vne))
-        return await self._commit(members)
+        with one_error():
+            async with trio.open_nursery() as watch:
+                for qmp in self.qmps.values():
+                    watch.start_soon(raise_if_it_ends, qmp)
+                await self._make_cut(members)
+                if self.live.vne.attached:
+                    await self.links.apply(plan_return(self.live.vne))
+                vms = await self._complete_all(members)
+                watch.cancel_scope.cancel()
+        return await self._commit(vms)
 
     def _moves(self, vm: LiveVM, colour: Colour) -> list[Move]:
         return plan_moves(self.live.vne, vm.vm.name, colour)
 
     async def _prepare(self, vm: LiveVM) -> Saved:
-        path = self.runtime.qmp_path(self.live.vne.name, vm.vm.name)
-        qmp = await self.sessions.enter_async_context(open_qmp(path, vm=vm.vm.name))
+        qmp = await open_session(self.sessions, self.runtime, self.live.vne.name, vm.vm.name)
         self.qmps[vm.vm.name] = qmp
+        await refuse_ended(qmp)
         plan = await self._plan_disks(vm, qmp)
         self.journal.add(Member(vm.vm.name, await is_running(qmp), plan))
         if vm.settings:
@@ -242,9 +250,11 @@ class _Saving:
             )
             await member.capture.stop()
 
-    async def _commit(self, members: list[Saved]) -> Snapshot:
+    async def _complete_all(self, members: list[Saved]) -> list[VMSnapshot]:
         known = await self._known_files()
-        vms = await run_all([partial(self._record, member, known) for member in members])
+        return await run_all([partial(self._record, member, known) for member in members])
+
+    async def _commit(self, vms: list[VMSnapshot]) -> Snapshot:
         stops = [vm.measurements.stop_instant_s for vm in vms if vm.was_running]
         saved = Snapshot(
             name=self.name,
@@ -330,6 +340,22 @@ async def gather_facts(qmp: Qmp, vm: LiveVM, *, waits: bool) -> Facts:
         ram_blocks=len(await query_ram(qmp)),
         waits=waits,
     )
+
+
+async def refuse_ended(qmp: Qmp) -> None:
+    """Raise StateError where the guest has ended and QEMU has not: a restore could not let it run on."""
+    state = (await qmp.execute("query-status"))["status"]
+    if state in ENDED:
+        advice = "Reset it (system_reset and cont in QEMU's monitor), or take the VNE down."
+        raise StateError(f"its guest has ended: it is {state}", where=f"VM {qmp.vm}", advice=advice)
+
+
+async def raise_if_it_ends(qmp: Qmp) -> None:
+    """Watch over the guest: one that ends by itself must not be let run again as if it had been paused for a cut."""
+    event = await qmp.wait_event(lambda event: event.name in ("GUEST_PANICKED", "SHUTDOWN"))
+    what = "panicked" if event.name == "GUEST_PANICKED" else f"ended ({event.data.get('reason')})"
+    advice = "Its console.log may tell why. See `qsnap ps`."
+    raise QemuError(f"the guest {what} while it was saved", where=f"VM {qmp.vm}", advice=advice)
 
 
 async def is_running(qmp: Qmp) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from attrs import evolve, frozen
@@ -14,8 +14,8 @@ from qsnap.errors import QemuError
 from qsnap.host.bridges import open_links
 from qsnap.host.disks import create_overlay, find_devices, new_path, read_disks
 from qsnap.host.netns import enter_command, make_netns, remove_netns
-from qsnap.host.qemu import Process, find_program, start_qemu
-from qsnap.host.qmp import Qmp
+from qsnap.host.qemu import Process, find_program, last_words, start_qemu
+from qsnap.host.qmp import QemuGoneError, Qmp, open_qmp
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.store import Store
 from qsnap.host.tasks import run_all
@@ -107,6 +107,19 @@ async def _make_layers(live: LiveVNE, start: Start) -> tuple[str, ...]:
 async def layers_directory(live: LiveVNE) -> str:
     """The directory for the disk layers of a VNE, by absolute path: QEMU may work in another directory."""
     return os.path.abspath(await Store(Path(live.store)).layers_directory(live.vne.name))
+
+
+async def open_started(stack: AsyncExitStack, runtime: Runtime, vne: str, vm: str) -> Qmp:
+    """The first QMP session with a QEMU, for as long as `stack` lasts.
+
+    Raises QemuError with QEMU's own words if it has ended: it makes its sockets before it looks at its other options.
+    """
+    try:
+        return await stack.enter_async_context(open_qmp(runtime.qmp_path(vne, vm), vm=vm))
+    except QemuGoneError as error:
+        log = runtime.vm_directory(vne, vm) / "qemu.log"
+        words = last_words(log) or error.message
+        raise QemuError(f"QEMU did not start: {words}", where=f"VM {vm}", advice=f"See {log}") from error
 
 
 async def describe(qmp: Qmp, start: Start, process: Process, directory: str) -> LiveVM:

@@ -43,10 +43,10 @@ async def _create(qemu_img: str, path: str, *arguments: str, about: str) -> None
     try:
         await _run(qemu_img, "create", "-q", "-f", "qcow2", *arguments)
     except HostError as error:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(path)
         message = f"cannot make a disk layer: {error.message}"
-        raise HostError(message, where=path, advice=f"Check the image {about}.") from None
+        raise HostError(message, where=path, advice=f"Is there room? Is the image {about} in order?") from None
     os.chmod(path, 0o600)
 
 

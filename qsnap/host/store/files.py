@@ -16,7 +16,7 @@ from qsnap.rules.manifest import path_fault
 _ADVICE = {
     errno.ENOSPC: "Free some space, remove old snapshots, or choose another store.",
     errno.EDQUOT: "The disk quota is used up. Remove old snapshots, or choose another store.",
-    errno.EROFS: "The file system is read-only. Choose another store.",
+    errno.EROFS: "The file system is read-only: make it writable, or choose another store.",
     errno.EACCES: "The store must belong to the user that runs qsnap.",
     errno.EPERM: "The store must belong to the user that runs qsnap.",
     errno.ENOENT: "Make the directory that the store is to be in, or choose another store.",
@@ -56,7 +56,7 @@ def make_directories(root: Path, *names: str) -> Path:
             except FileExistsError:
                 if not directory.is_dir() or (name and directory.is_symlink()):
                     raise
-                if name:
+                if name and directory.stat().st_mode & 0o777 != 0o700:  # it may be in a store that cannot be written to
                     directory.chmod(0o700)
     return directory
 
