@@ -126,16 +126,17 @@ async def put_snapshot_right(
     """
     live = runtime.load(vne)
     store = Store(Path(live.store))
-    if (vne, found.operation.snapshot) in await store.names(vne):
-        runtime.save(settled(live, found.members))
-        return
     directory = store.root / vne / snapshot_dir(found.operation.snapshot)
     undoing = _Undoing(live, runtime, directory, sessions or {}, readers or {})
+    if (vne, found.operation.snapshot) in await store.names(vne):
+        await run_each([partial(undoing.put_settings_back, member) for member in found.members])
+        await finish_snapshot(live, found.members, runtime)
+        return
     try:
-        kept = await run_each([partial(undoing.bring_back, member) for member in found.members])
+        brought_back = await run_each([partial(undoing.bring_back, member) for member in found.members])
     finally:
         await _move_back(live)  # even if a VM cannot be reached: the others shall reach each other
-    live = with_vms(live, filter(None, kept))
+    live = with_vms(live, filter(None, brought_back))
     runtime.save(live)
     await _end_receivers(store, vne, found.operation.snapshot)
     await _collect(vne, live.store, live.layers_in_use())
@@ -152,7 +153,10 @@ class _Undoing:
     readers: Mapping[str, Reader]
 
     async def bring_back(self, member: Member) -> LiveVM | None:
-        """Bring one VM back. Where its new disk layers cannot be merged back it keeps them, and is returned so."""
+        """Bring one VM back, and return it with the disks it has then; None if it is dead.
+
+        Where its new disk layers cannot be merged back it keeps them.
+        """
         vm = self.live.find(member.vm)
         try:
             async with self._session(vm) as qmp:
@@ -165,12 +169,19 @@ class _Undoing:
                     raise
                 except QsnapError as error:
                     log.warning("VM %s keeps the disk layers of an undone snapshot: %s", member.vm, error)
-                    devices = [disk.device for disk in vm.disks]
-                    return evolve(vm, disks=await read_disks(qmp, devices, await layers_directory(self.live)))
+                devices = [disk.device for disk in vm.disks]
+                return evolve(vm, disks=await read_disks(qmp, devices, await layers_directory(self.live)))
         except QemuGoneError:
             if not await has_ended(vm.process):
                 raise  # it does not answer now: the journal stays until it does
         return None
+
+    async def put_settings_back(self, member: Member) -> None:
+        """Give an attached VM its own migration settings again."""
+        vm = self.live.find(member.vm)
+        if vm.settings and vm.process.is_alive():
+            async with self._session(vm) as qmp:
+                await put_back(qmp, vm.settings)
 
     @asynccontextmanager
     async def _session(self, vm: LiveVM) -> AsyncIterator[Qmp]:
@@ -244,11 +255,15 @@ def recovery_command(runtime: Runtime, vne: str) -> list[str]:
     return [sys.executable, "-m", "qsnap.cli", "recover", vne, "--run-dir", str(runtime.root)]
 
 
-def settled(live: LiveVNE, members: Iterable[Member]) -> LiveVNE:
-    """The VNE after a committed snapshot: on the other colour unless that is somebody else's, with the new layers."""
+async def finish_snapshot(live: LiveVNE, members: Iterable[Member], runtime: Runtime) -> None:
+    """What follows on the commit of a snapshot of `live`: what its VMs run on now, and no layer that was merged."""
     disks = {member.vm: member.disks.after for member in members}
     vms = [evolve(vm, disks=disks[vm.vm.name]) for vm in live.vms if vm.vm.name in disks]
-    return evolve(with_vms(live, vms), active=live.active if live.vne.attached else live.active.other)
+    active = live.active if live.vne.attached else live.active.other
+    after = evolve(with_vms(live, vms), active=active)
+    runtime.save(after)
+    if not set(live.layers_in_use()) <= set(after.layers_in_use()):
+        await _collect(live.vne.name, live.store, after.layers_in_use())
 
 
 def with_vms(live: LiveVNE, vms: Iterable[LiveVM]) -> LiveVNE:

@@ -33,7 +33,14 @@ from qsnap.host.journal import Journal, Kind, Member, Operation
 from qsnap.host.owner import put_back, set_aside
 from qsnap.host.place import Place, Progress, no_progress
 from qsnap.host.qmp import Qmp
-from qsnap.host.recovery import Reader, exclusive, open_session, put_snapshot_right, recovery_command, settled
+from qsnap.host.recovery import (
+    Reader,
+    exclusive,
+    finish_snapshot,
+    open_session,
+    put_snapshot_right,
+    recovery_command,
+)
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import find_qemu_img, layers_directory
 from qsnap.host.store import Store
@@ -268,7 +275,7 @@ class _Saving:
         await self.store.commit(saved)  # from here on it is finished, whatever happens
         found = self.journal.read()
         assert found is not None
-        self.runtime.save(settled(self.live, found.members))
+        await finish_snapshot(self.live, found.members, self.runtime)
         return saved
 
     async def _complete(self, member: Saved) -> Captured:
