@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trio
 
 import qsnap
 from qsnap import DiskEngine, Engine
-from qsnap.host.disks import DiskCut
+from qsnap.host.disks import DiskCut, plan_disks, read_disks
 from qsnap.host.disks.jobs import Report
 from qsnap.host.qmp import open_loop, open_qmp
 from tests.live.lab import QEMU_7, QEMU_11, make_vne
@@ -79,9 +80,9 @@ def mounted(directory: Path, kind: str) -> Iterator[None]:
 
 
 @pytest.fixture
-def cloning_place(place: qsnap.Place) -> Iterator[qsnap.Place]:
-    """A place whose store is on a file system that clones files."""
-    with mounted(place.store, "xfs"):
+def cloning_place(place: qsnap.Place, request: pytest.FixtureRequest) -> Iterator[qsnap.Place]:
+    """A place whose store is on a file system that clones files, XFS unless another is asked for."""
+    with mounted(place.store, getattr(request, "param", "xfs")):
         yield place
 
 
@@ -153,3 +154,42 @@ async def test_five_generations(qemu: str, bases: tuple[qsnap.Disk, ...], clonin
             assert await holds(elsewhere, pattern, f"{written * 64}k")
         await qsnap.down("disks", place=elsewhere)
         await qsnap.remove("disks", f"g{generation}", place=elsewhere)
+
+
+@pytest.mark.parametrize("qemu", [QEMU_7, QEMU_11], ids=["7.2", "11.1"])
+@pytest.mark.parametrize(
+    ("cloning_place", "engine"),
+    [("xfs", DiskEngine.REFLINK), ("btrfs", DiskEngine.REFLINK), ("ext4", DiskEngine.COPY)],
+    indirect=["cloning_place"],
+)
+async def test_files_of_the_users_stay_in_use(
+    qemu: str, engine: DiskEngine, bases: tuple[qsnap.Disk, ...], cloning_place: qsnap.Place
+) -> None:
+    """Disks outside the store are cloned, and where that is impossible copied as a whole, and never overlaid."""
+    place, directory = cloning_place, str(cloning_place.store / "elsewhere")
+    await qsnap.up(make_vne("disks", vms=1, qemu=qemu, disks=bases), place=place)
+    await write(place, 0x11)
+    Path(directory).mkdir()
+    version = place.runtime().load("disks").vms[0].qemu_version
+    async with open_loop(), open_qmp(place.runtime().qmp_path("disks", "vm1"), vm="vm1") as qmp:
+        disks = await read_disks(qmp, ["disk0-device", "disk1-device"], directory)
+        assert not any(disk.layers for disk in disks)
+        plan = await plan_disks(
+            DiskEngine.AUTO, "vm1", disks, directory=directory, version=version, qemu_img="qemu-img"
+        )
+        assert [step.engine for step in plan.steps] == [engine] * 2
+        cut = DiskCut(qmp, plan)
+        await cut.prepare()
+        await qmp.execute_all(("stop", {}), *cut.commands())
+        await cut.clone()
+        await qmp.execute("cont")
+        await write(place, 0x22)
+        await cut.finish()
+        assert await read_disks(qmp, [disk.device for disk in disks], directory) == disks
+    for step in plan.steps:
+        layers, below = step.saved
+        assert bool(below) == (engine is DiskEngine.REFLINK), "a copy is complete, a clone lies on what the disk lay on"
+        reads = ["-c", "read -P 0x11 0 64k", "-c", "read -P 0xee 64k 64k"]
+        found = await trio.run_process(["qemu-io", "-r", *reads, layers[0].path], capture_stdout=True)
+        assert found.stdout.count(b"read 65536/65536") == 2
+        assert b"failed" not in found.stdout
