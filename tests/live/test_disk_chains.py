@@ -20,8 +20,8 @@ DEVICES = ["disk0-device", "disk1-device"]
 
 @pytest.mark.parametrize("qemu", [QEMU_7, QEMU_11], ids=["7.2", "11.1"])
 async def test_fifty_snapshots_in_a_row(qemu: str, bases: tuple[qsnap.Disk, ...], place: qsnap.Place) -> None:
-    vne = make_vne("disks", vms=1, qemu=qemu, disks=bases, memory=64 << 20, guest={"dirty_mb": 1, "rate_mb": 1})
-    await qsnap.up(vne, place=place)
+    quiet = {"dirty_mb": 1, "rate_mb": 1}
+    await qsnap.up(make_vne("disks", vms=1, qemu=qemu, disks=bases, guest=quiet), place=place)
     names = [f"s{number}" for number in range(SNAPSHOTS)]
     order = random.Random(7).sample(names, SNAPSHOTS)
     kept: list[str] = []
