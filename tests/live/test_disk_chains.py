@@ -15,7 +15,6 @@ from tests.live.test_disks import bases, holds, write
 
 __all__ = ["bases"]
 SNAPSHOTS = 50
-DEVICES = ["disk0-device", "disk1-device"]
 
 
 @pytest.mark.parametrize("qemu", [QEMU_7, QEMU_11], ids=["7.2", "11.1"])
@@ -61,21 +60,21 @@ async def test_a_merge_that_qsnap_did_not_live_to_see(
         await write(place, pattern, f"{pattern * 64}k")
         await qsnap.snapshot("disks", f"s{pattern}", place=place)
     believed = place.runtime().load("disks").vms[0].disks
-    directory = str(place.store / "disks/disks")
+    directory, devices = str(place.store / "disks/disks"), [disk.device for disk in believed]
     async with open_loop(), open_qmp(place.runtime().qmp_path("disks", "vm1"), vm="vm1") as qmp:
         for disk in believed:
             arguments = {"job-id": disk.job, "device": disk.node, "base": disk.below[0].path, "auto-dismiss": False}
             await qmp.execute("block-stream", arguments)
     await qsnap.snapshot("disks", "s4", place=place)
     async with open_loop(), open_qmp(place.runtime().qmp_path("disks", "vm1"), vm="vm1") as qmp:
-        found = await read_disks(qmp, DEVICES, directory)
+        found = await read_disks(qmp, devices, directory)
         assert found == place.runtime().load("disks").vms[0].disks
         assert [len(disk.layers) for disk in found] == [2, 2]
         nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
         named = {node["node-name"] for node in nodes if not node["node-name"].startswith("#")}
         assert named == {disk.node for disk in (*believed, *found)}, "layers are still open"
         assert await qmp.execute("query-jobs") == []
-        assert await tidy_disks(qmp, DEVICES, directory) == found
+        assert await tidy_disks(qmp, devices, directory) == found
     for pattern in (1, 2, 3):
         assert await holds(place, pattern, f"{pattern * 64}k")
     for name in ("s1", "s2", "s3", "s4"):

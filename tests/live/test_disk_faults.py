@@ -23,7 +23,6 @@ from tests.live.test_faults import receivers
 
 __all__ = ["bases", "cloning_place"]
 QEMUS = pytest.mark.parametrize("qemu", [QEMU_7, QEMU_11], ids=["7.2", "11.1"])
-DEVICES = ["disk0-device", "disk1-device"]
 converter = make_converter()
 
 
@@ -39,7 +38,7 @@ async def check_unharmed(place: qsnap.Place) -> None:
     directory = place.store / "disks/disks"
     async with open_vm(place) as qmp:
         assert (await qmp.execute("query-status"))["status"] == "running"
-        assert await read_disks(qmp, DEVICES, str(directory)) == live.disks
+        assert await read_disks(qmp, [disk.device for disk in live.disks], str(directory)) == live.disks
         assert await qmp.execute("query-jobs") == []
         nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
         assert {node["node-name"] for node in nodes if node["node-name"][0] != "#"} == {"disk0", "disk1"}
@@ -141,7 +140,7 @@ async def test_undo_in_another_process_from_any_step(
     for reached in range(5):
         await write(place, 0x20 + reached)
         async with open_vm(place) as qmp:
-            disks = await read_disks(qmp, DEVICES, directory)
+            disks = await read_disks(qmp, [disk.device for disk in live.disks], directory)
             version, qemu_img = live.qemu_version, find_qemu_img(qemu)
             plan = await plan_disks(engine, "vm1", disks, directory=directory, version=version, qemu_img=qemu_img)
             cut = DiskCut(qmp, plan)

@@ -170,12 +170,12 @@ async def test_files_of_the_users_stay_in_use(
     await qsnap.up(make_vne("disks", vms=1, qemu=qemu, disks=bases), place=place)
     await write(place, 0x11)
     Path(directory).mkdir()
-    version = place.runtime().load("disks").vms[0].qemu_version
+    live = place.runtime().load("disks").vms[0]
     async with open_loop(), open_qmp(place.runtime().qmp_path("disks", "vm1"), vm="vm1") as qmp:
-        disks = await read_disks(qmp, ["disk0-device", "disk1-device"], directory)
+        disks = await read_disks(qmp, [disk.device for disk in live.disks], directory)
         assert not any(disk.layers for disk in disks)
         plan = await plan_disks(
-            DiskEngine.AUTO, "vm1", disks, directory=directory, version=version, qemu_img="qemu-img"
+            DiskEngine.AUTO, "vm1", disks, directory=directory, version=live.qemu_version, qemu_img="qemu-img"
         )
         assert [step.engine for step in plan.steps] == [engine] * 2
         cut = DiskCut(qmp, plan)

@@ -32,8 +32,8 @@ class DiskFile:
 class LiveDisk:
     """A disk of a running VM, and the files it consists of, newest first: `layers` in the store, and what is `below`.
 
-    `device` is the id of its device, or the device's path in QEMU's object tree; `node` is the block node on top,
-    `size_bytes` what the guest sees. A VM writes to the first file. One that qsnap did not start has no layers.
+    `device` is its device as QEMU names it (`qdev` of query-block), `node` the block node on top, `size_bytes` what the
+    guest sees. A VM writes to the first file. One that qsnap did not start has no layers.
     """
 
     device: str
@@ -73,8 +73,7 @@ async def read_disks(qmp: Qmp, devices: Sequence[str], directory: str) -> tuple[
 
 def _find(blocks: Sequence[dict[str, Any]], device: str, vm: str) -> dict[str, Any]:
     for block in blocks:
-        qdev = block.get("qdev", "")
-        if "inserted" in block and (qdev == device or device in qdev.split("/")):
+        if "inserted" in block and block.get("qdev") == device:
             inserted: dict[str, Any] = block["inserted"]
             return inserted
     raise StateError(f"it has no disk {device} any more", where=f"VM {vm}", advice="Attach it again.")
