@@ -95,7 +95,12 @@ def _spawn(argv: list[str], log: str, fds: tuple[int, ...]) -> int:
         (os.POSIX_SPAWN_DUP2, 1, 2),
         *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in fds),  # onto itself: inherited
     ]
-    return os.posix_spawn(find_program(argv[0]), argv, os.environ, file_actions=actions, setsid=True)
+    try:
+        return os.posix_spawn(find_program(argv[0]), argv, os.environ, file_actions=actions, setsid=True)
+    except OSError as error:  # which names the program, whatever failed
+        raise HostError(
+            f"cannot start QEMU: {error.strerror}", where=log, advice="Is there room for this file, and memory?"
+        ) from error
 
 
 async def _wait_for_socket(process: Process, path: str, log: str, vm: str) -> None:

@@ -127,7 +127,10 @@ class Runtime:
         """An empty directory for a VM about to start."""
         directory = self.vm_directory(vne, vm)
         shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True, mode=0o700)
+        try:
+            directory.mkdir(parents=True, mode=0o700)
+        except OSError as error:
+            raise HostError(error.strerror or str(error), where=str(directory), advice="Make room there.") from error
         return directory
 
     def link_sockets(self, vne: str, vm: str, qmp: str) -> None:

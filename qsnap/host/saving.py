@@ -44,6 +44,7 @@ from qsnap.host.recovery import (
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import find_qemu_img, layers_directory
 from qsnap.host.store import Store
+from qsnap.host.store.files import explained
 from qsnap.host.tasks import one_error, run_all, undisturbed
 from qsnap.model import Colour, Cut, DiskEngine, Engine, RamBlockFile, Snapshot, StoredFile, VMSnapshot, vm_as_own
 from qsnap.rules.colouring import Move, plan_direction, plan_moves, plan_return
@@ -194,7 +195,8 @@ class _Saving:
 
     async def _begin(self, vm: LiveVM, qmp: Qmp, disks: DiskCut, facts: Facts, engine: Engine) -> Capture:
         directory = self.directory / vm.vm.name
-        directory.mkdir(mode=0o700)
+        with explained("make the directory", directory):
+            directory.mkdir(mode=0o700)
         ram = await query_ram(qmp)
         ram_bytes = sum(ram.values())
         keeps_reading = engine is Engine.BACKGROUND and must_read_to_end(facts.qemu_version)

@@ -34,7 +34,8 @@ async def take_down(vne: str, runtime: Runtime) -> None:
         if live is not None and live.vne.attached:
             await _release(live, runtime)
             return
-        processes = set(find_processes([f"path={runtime.directory(vne)}/"]))
+        mark = str(runtime.directory(vne)).replace(",", ",,")  # as it is on their command lines
+        processes = set(find_processes([f"path={mark}/"]))
         if live is not None:
             processes |= {vm.process for vm in live.vms}
         await run_all([partial(end_process, process) for process in processes])
