@@ -1,4 +1,7 @@
-"""Live tests boot real QEMU guests. They need root, /dev/net/tun and what `scripts/setup` makes; nothing is skipped."""
+"""Live tests boot real QEMU guests. They need root, /dev/net/tun and what `scripts/setup --tests` makes.
+
+Nothing is skipped.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _has_what_it_needs() -> None:
     for path in (GUEST / "vmlinuz", GUEST / "initrd", Path(QEMU_11), Path("/dev/net/tun")):
-        assert path.exists(), f"{path} is missing: run scripts/setup first"
+        assert path.exists(), f"{path} is missing: run scripts/setup --tests first"
     assert os.geteuid() == 0, "the live tests make network namespaces: run them as root"
 
 
