@@ -1,9 +1,9 @@
 """What it costs to make a snapshot of a migration stream, next to a reader that keeps nothing of it.
 
-Live: guests of 512 MiB and 1 GiB, dirtying 100 MB/s, are captured by each engine and, in turn, by the same migration
-into the null reader; the total is from `migrate` to the last byte. Generated: streams of the same sizes through a pipe,
-one with nothing but zero pages, one with nothing but data; these show what the two kinds cost by themselves, where
-the source costs next to nothing.
+Live: guests of 512 MiB and 1 GiB, dirtying 100 MB/s and otherwise idle, are captured by each engine and, in turn, by the
+same migration into the null reader; the total is from `migrate` to the last byte. Generated: streams of the same sizes
+through a pipe, one with nothing but zero pages, one with nothing but data; these show what the two kinds cost by
+themselves, where the source costs next to nothing.
 
 The receiver's private memory is RssAnon of its process, looked at every few ms; numpy and Python are in it.
 Medians of at least 5 runs, the peak is the highest of all runs. The store is on tmpfs.
@@ -27,7 +27,7 @@ import numpy as np
 import trio
 from attrs import define
 
-from bench.guest import VNE, Guest, running_guest, temporary_place
+from bench.guest import VNE, Guest, running_guests, temporary_place
 from bench.report import Bar, Options, Report, Row, median, run
 from bench.ways import PIPE_BYTES, Way, by_qsnap, migrate_into_null, read_all
 from qsnap.host.capture import BACKGROUND_CAPABILITIES
@@ -211,7 +211,8 @@ async def benchmark(options: Options) -> Report:
     sizes = MEMORY_MIB[:1] if options.quick else MEMORY_MIB
     for memory_mib in sizes:
         with temporary_place() as place:
-            async with running_guest(place, memory_mib=memory_mib, rate_mb=RATE_MB, backing=Backing.HUGETLB) as guest:
+            settings = {"memory_mib": memory_mib, "rate_mb": RATE_MB, "backing": Backing.HUGETLB}
+            async with running_guests(place, **settings) as (guest,):
                 results += [await measure_live(guest, engine, options.runs) for engine in TOTAL_LIMIT]
         for kind, chunk in (("zero", zero_chunk), ("data", data_chunk)):
             results.append(await measure_generated(memory_mib, kind, chunk, options.runs))
