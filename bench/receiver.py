@@ -1,7 +1,7 @@
 """What it costs to make a snapshot of a migration stream, next to a reader that keeps nothing of it.
 
-Live: guests of 512 MiB and 1 GiB, dirtying 100 MB/s and otherwise idle, are captured by each engine and, in turn, by the
-same migration into the null reader; the total is from `migrate` to the last byte. Generated: streams of the same sizes
+Live: guests of 512 MiB and 1 GiB, dirtying 100 MB/s and otherwise idle, are captured by each engine and, in turn, by
+the same migration into the null reader; the total is from `migrate` to the last byte. Generated: streams of those sizes
 through a pipe, one with nothing but zero pages, one with nothing but data; these show what the two kinds cost by
 themselves, where the source costs next to nothing.
 
