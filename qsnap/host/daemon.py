@@ -19,7 +19,7 @@ from attrs import define, field
 from qsnap.errors import HostError, QemuError, QsnapError, StreamError
 
 DISCARD_BYTES = 1 << 20
-STANDSTILL_S = 5.0  #: what comes no more will not come: no migration has taken the stream up, and nobody closes it
+STANDSTILL_S = 10.0  #: what has not come by then will not: no migration has taken the stream up, and it stays open
 
 
 @define

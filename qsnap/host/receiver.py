@@ -49,7 +49,6 @@ from qsnap.wire.stream import StreamReader
 _PIPE_BYTES = (4 << 20, 1 << 20)  #: sizes to ask for; the second is what an ordinary user may have
 _PROGRESS_S = 0.1
 _DISCARD_BYTES = 1 << 20
-_STATUS_LINE_LIMIT = 4096
 #: Device state of ordinary machines is below 1 MB; some display and assigned devices keep their memory in it.
 _TAIL_LIMIT_BYTES = 1 << 30
 RECORDED = "migration.stream"  #: the file of a stream kept as it came

@@ -84,21 +84,12 @@ class TestSaving:
             await store.begin("lab", "s1")
         with pytest.raises(StateError, match="there is a snapshot s1"):
             await store.commit(saved)
-        with pytest.raises(StateError, match="there is a snapshot s1"):
-            await store.abort("lab", "s1")
         assert await store.load("lab", "s1") == saved
 
     async def test_a_leftover_is_replaced(self, store: Store) -> None:
         directory = await store.begin("lab", "s1")
         write(directory / "alice/pc.ram.ram", b"half of it")
         assert list((await store.begin("lab", "s1")).iterdir()) == []
-
-    async def test_abort_leaves_nothing_and_can_be_repeated(self, store: Store) -> None:
-        directory = await store.begin("lab", "s1")
-        write(directory / "alice/pc.ram.ram", b"half of it")
-        await store.abort("lab", "s1")
-        assert not directory.exists()
-        await store.abort("lab", "s1")
 
     @pytest.mark.parametrize("path", [RAM, STREAM, LAYER])
     async def test_what_lacks_a_file_is_not_committed(self, store: Store, home: Path, path: str) -> None:
@@ -128,7 +119,7 @@ class TestSaving:
 
     @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "A", ".a", "a" * 65])
     async def test_names_that_are_none(self, store: Store, name: str) -> None:
-        for call in (store.begin, store.abort, store.load, store.check_quick, store.verify, store.remove):
+        for call in (store.begin, store.load, store.check_quick, store.verify, store.remove):
             with pytest.raises(StateError, match="is not a name"):
                 await call(name, "s1")
             with pytest.raises(StateError, match="is not a name"):

@@ -133,16 +133,6 @@ class Store:
         check_names(vne, snapshot)
         return await trio.to_thread.run_sync(self._prune, vne, snapshot)
 
-    async def abort(self, vne: str, snapshot: str) -> None:
-        """Remove the directory of a snapshot in the making, if there is one. `collect` removes its disk layers.
-
-        Raises:
-            StateError: the snapshot is committed.
-        """
-        check_names(vne, snapshot)
-        await trio.to_thread.run_sync(self._abort, vne, snapshot)
-        self._fresh.pop(vne, None)
-
     async def names(self, vne: str | None = None) -> tuple[tuple[str, str], ...]:
         """(VNE, snapshot) of every committed snapshot, of one VNE or of all, sorted; damaged ones too."""
         if vne is not None:
@@ -284,10 +274,6 @@ class Store:
         for path in waste:
             remove_tree(self.root / vne / path)
         return waste
-
-    def _abort(self, vne: str, snapshot: str) -> None:
-        self._refuse_committed(vne, snapshot)
-        remove_tree(self._directory(vne, snapshot))
 
     def _all_names(self, vne: str | None) -> tuple[tuple[str, str], ...]:
         if not self.root.parent.is_dir():
