@@ -16,7 +16,6 @@ Medians of at least 5 runs.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -29,6 +28,7 @@ from bench.guest import VNE, WORKING_SET_MB, running_guest, temporary_place
 from bench.probe import Probe, find_ram, memory_path
 from bench.report import Bar, Options, Report, Row, median, run
 from bench.ways import SNAPSHOT, STOP_AND_COPY_UNLIMITED, copy_directory
+from qsnap.host.clock import steady_s
 from qsnap.host.qemu import Process
 from qsnap.host.qmp import open_loop, open_qmp
 from qsnap.host.restoring import feed, run_on
@@ -105,10 +105,10 @@ class Case:
         path = self.place.runtime().qmp_path(VNE, self.vm.vm.name)
         async with self._qemu(MappedRam(str(self.flat))) as process, await connect(path) as socket:
             await socket.receive_some()
-            greeting.running_ms.append((time.time() - process.spawned_s) * 1e3)
+            greeting.running_ms.append((steady_s() - process.spawned_s) * 1e3)
             await socket.send_all(b'{"execute":"qmp_capabilities"}\n')
             await socket.receive_some()
-            answer.running_ms.append((time.time() - process.spawned_s) * 1e3)
+            answer.running_ms.append((steady_s() - process.spawned_s) * 1e3)
 
     @property
     def vm(self) -> VMSnapshot:
@@ -157,7 +157,7 @@ async def touched_all(probe: Probe, since: GuestState) -> float:
     with trio.fail_after(TOUCH_S):
         while probe.state().touched < since.touched + since.stamp_pages:
             await trio.sleep(0.001)
-    return time.time()
+    return steady_s()
 
 
 async def measure(memory_mib: int, runs: int) -> tuple[list[Row], list[Bar]]:

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ import trio
 from attrs import evolve, field, frozen
 
 from qsnap.errors import HostError, QemuError
+from qsnap.host.clock import steady_s
 from qsnap.model import Accelerator
 
 KVM_PROBE_TIMEOUT_S = 15.0
@@ -75,7 +75,7 @@ async def start_qemu(
     """
     log = os.path.join(directory, "qemu.log")
     argv = [*enter, find_program(command[0]), *command[1:]]
-    spawned_s = time.time()
+    spawned_s = steady_s()
     pid = _spawn(argv, log, tuple(fds))
     process = evolve(process_of(pid), spawned_s=spawned_s)
     try:
