@@ -71,16 +71,16 @@ async def _remove(guest: Guest) -> None:
 
 
 async def engines(guest: Guest) -> list[Engine]:
-    """Those that can capture this guest, `auto` first."""
-    able = []
+    """`auto`, and of those that can capture this guest all that `auto` does not take."""
+    able: dict[str, Engine] = {}
     for engine in Engine:
         try:
-            await _snapshot(engine, guest)
+            saved = await _snapshot(engine, guest)
         except EngineRefusedError:
             continue
         await _remove(guest)
-        able.append(engine)
-    return able
+        able.setdefault(saved.how, engine)
+    return list(able.values())
 
 
 # ---- QEMU alone ----
