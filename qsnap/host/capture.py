@@ -235,7 +235,7 @@ class Background(Capture):
         self._note_start()
         self.mark = self.began
         migrate = ("migrate", {"uri": f"fd:{FD_NAME}"})
-        commands = (("stop", {}), *self.disks.commands(), migrate)
+        commands = (("stop", {}), migrate, *self.disks.commands())  # the disks are cut while the state is taken
         calls: list[Callable[[], Awaitable[object]]] = [
             partial(self.qmp.execute_all, *commands),
             self._move_taps_once_stopped,

@@ -172,6 +172,11 @@ async def open_converter(
         yield daemon
 
 
+def _environment() -> dict[str, str]:
+    """Ours, less the threads that numpy would start for linear algebra: they take the processor from the VMs."""
+    return {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+
+
 def _options(directory: Path, backed: tuple[str, ...], ram_limit_bytes: int) -> list[str]:
     blocks = [word for idstr in backed for word in ("--backed", idstr)]
     return ["--directory", str(directory), "--ram-limit", str(ram_limit_bytes), *blocks]
@@ -193,7 +198,7 @@ async def _start(
     try:
         # in a session of its own: Ctrl-C is for qsnap to deal with, which ends this process in due course
         process = await trio.lowlevel.open_process(
-            [*command, *options], pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
+            [*command, *options], pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True, env=_environment()
         )
     finally:
         theirs.close()

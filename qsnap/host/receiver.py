@@ -180,7 +180,7 @@ class Status:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._received = b""
-        self._progress_due = 0.0
+        self._progress_due = time.monotonic() + _PROGRESS_S  # `tracking` comes first
 
     def send(self, event: str, **fields: Any) -> None:
         """Tell the parent something."""
