@@ -29,6 +29,8 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+import numpy as np
+
 from qsnap.errors import HostError, StreamError
 from qsnap.host.flatfile import FlatFile
 from qsnap.host.recording import check_ends, record
@@ -43,7 +45,7 @@ from qsnap.wire.events import (
     RamEnd,
     ZeroRun,
 )
-from qsnap.wire.records import CommandType, RamSetup
+from qsnap.wire.records import CommandType, RAMBlock, RamSetup
 from qsnap.wire.stream import StreamReader
 
 _PIPE_BYTES = (4 << 20, 1 << 20)  #: sizes to ask for; the second is what an ordinary user may have
@@ -318,9 +320,30 @@ def _keep_newest(options: argparse.Namespace, inlet: Inlet, status: Status) -> N
     limits = {"ram_limit_bytes": options.ram_limit, "tail_limit_bytes": options.tail_limit}
     reader = StreamReader(**limits, target_page_size=options.target_page_size)
     snapshot = Snapshot(options.directory, options.backed)
+    _warm_up()
     status.send("ready")
     Receiver(inlet, status, snapshot, reader).run()
     status.send("done", **snapshot.finish())
+
+
+def _warm_up() -> None:
+    """Read a stream of a few pages: the parser's first run is its slowest, and would fall into the pause."""
+    block = RAMBlock("warm", 64 << 12)
+    ram = RamSetup(0, 0, 4, (block,))
+    offsets = np.arange(64, dtype=np.uint64) << np.uint64(12)
+    pieces = (
+        encode.encode_configuration("none"),
+        encode.encode_ram_setup(ram),
+        encode.encode_ram_end(ram),
+        encode.encode_pages(block, offsets, np.ones((64, 1 << 12), np.uint8)),
+        encode.encode_zero_pages(block, offsets),
+    )
+    reader = StreamReader(ram_limit_bytes=block.used_length, tail_limit_bytes=0)
+    data = b"".join(pieces)
+    reader.get_buffer()[: len(data)] = data
+    reader.buffer_updated(len(data))
+    while reader.next_event() is not None:
+        pass
 
 
 def _keep_all(options: argparse.Namespace, inlet: Inlet, status: Status) -> None:

@@ -15,10 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .events import Command
-from .records import RAM_IDSTR, SECTION_FOOTER, RAMBlock, RamFlag, RamSetup, SectionType
+from .records import (
+    RAM_IDSTR,
+    SECTION_FOOTER,
+    STREAM_MAGIC,
+    STREAM_VERSION,
+    RAMBlock,
+    RamFlag,
+    RamSetup,
+    SectionType,
+)
 from .runs import WORD_BYTES
 
 _U64 = Struct(">Q")
+_HEADER = Struct(">IIBI")
 _SECTION = Struct(">BI")
 _COMMAND = Struct(">BHH")
 
@@ -26,6 +36,12 @@ _COMMAND = Struct(">BHH")
 def _counted(text: str) -> bytes:
     raw = text.encode("ascii")
     return bytes([len(raw)]) + raw
+
+
+def encode_configuration(machine: str) -> bytes:
+    """How a stream of this machine type begins."""
+    name = machine.encode("ascii")
+    return _HEADER.pack(STREAM_MAGIC, STREAM_VERSION, SectionType.CONFIGURATION, len(name)) + name
 
 
 def encode_ram_setup(ram: RamSetup) -> bytes:
