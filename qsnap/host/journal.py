@@ -20,6 +20,7 @@ from cattrs.preconf.json import make_converter
 
 from qsnap.errors import HostError
 from qsnap.host.disks import DiskPlan
+from qsnap.model import Colour
 
 _converter = make_converter()
 
@@ -39,11 +40,15 @@ class Kind(Enum):
 
 @frozen
 class Operation:
-    """What is being done, and to which snapshot in which store where it is about one."""
+    """What is being done, and to which snapshot in which store where it is about one.
+
+    `active` is the colour that the VNE has once a snapshot is committed.
+    """
 
     kind: Kind
     snapshot: str = ""
     store: str = ""
+    active: Colour | None = None
 
 
 @frozen

@@ -130,7 +130,7 @@ async def put_snapshot_right(
     undoing = _Undoing(live, runtime, directory, sessions or {}, readers or {})
     if (vne, found.operation.snapshot) in await store.names(vne):
         await run_each([partial(undoing.put_settings_back, member) for member in found.members])
-        await finish_snapshot(live, found.members, runtime)
+        await finish_snapshot(live, found, runtime)
         return
     try:
         brought_back = await run_each([partial(undoing.bring_back, member) for member in found.members])
@@ -255,12 +255,11 @@ def recovery_command(runtime: Runtime, vne: str) -> list[str]:
     return [sys.executable, "-m", "qsnap.cli", "recover", vne, "--run-dir", str(runtime.root)]
 
 
-async def finish_snapshot(live: LiveVNE, members: Iterable[Member], runtime: Runtime) -> None:
+async def finish_snapshot(live: LiveVNE, found: Interrupted, runtime: Runtime) -> None:
     """What follows on the commit of a snapshot of `live`: what its VMs run on now, and no layer that was merged."""
-    disks = {member.vm: member.disks.after for member in members}
+    disks = {member.vm: member.disks.after for member in found.members}
     vms = [evolve(vm, disks=disks[vm.vm.name]) for vm in live.vms if vm.vm.name in disks]
-    active = live.active if live.vne.attached else live.active.other
-    after = evolve(with_vms(live, vms), active=active)
+    after = evolve(with_vms(live, vms), active=found.operation.active or live.active)
     runtime.save(after)
     if not set(live.layers_in_use()) <= set(after.layers_in_use()):
         await _collect(live.vne.name, live.store, after.layers_in_use())

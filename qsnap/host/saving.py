@@ -123,7 +123,8 @@ class _Saving:
         vne = self.live.vne.name
         self.store = Store(Path(self.live.store))
         await self.store.refuse_committed(vne, self.name)
-        self.journal.begin(Operation(Kind.SNAPSHOT, self.name))
+        active = self.live.active if self.live.vne.attached else self.live.active.other
+        self.journal.begin(Operation(Kind.SNAPSHOT, self.name, active=active))
         self.directory = await self.store.begin(vne, self.name)
         async with (
             trio.open_nursery() as self.nursery,
@@ -277,7 +278,7 @@ class _Saving:
         await self.store.commit(saved)  # from here on it is finished, whatever happens
         found = self.journal.read()
         assert found is not None
-        await finish_snapshot(self.live, found.members, self.runtime)
+        await finish_snapshot(self.live, found, self.runtime)
         return saved
 
     async def _complete(self, member: Saved) -> Captured:
