@@ -65,10 +65,12 @@ async def test_a_guest_that_outruns_precopy(
     engine: Engine, place: qsnap.Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is saved all the same: by background where auto may choose, by force where precopy was asked for."""
-    hasty = partial(Precopy, bounds=Bounds(passes_at_first_limit=0, last_limit_ms=0, passes=3))
+    hasty = partial(Precopy, bounds=Bounds(passes_at_first_limit=0, last_limit_ms=0, passes=1))
     monkeypatch.setattr(saving, "Precopy", hasty)
     monkeypatch.setattr(capture, "DOWNTIME_LIMIT_MS", 0)
-    vne = make_vne("fast", vms=1, memory=192 << 20, guest={"rate_mb": 1000, "dirty_mb": 48})
+    vne = make_vne(
+        "fast", vms=1, memory=192 << 20, backing=qsnap.Backing.ANONYMOUS, guest={"rate_mb": 1000, "dirty_mb": 48}
+    )
     await qsnap.up(vne, place=place)
     async with open_consoles("fast", place, 1) as consoles:
         await wait_ready(consoles)
