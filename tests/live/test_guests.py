@@ -17,6 +17,7 @@ from tests.live.lab import (
     QEMU_7,
     QEMU_7_ARM,
     QEMU_11_ARM,
+    READY_S,
     check_continues,
     judge,
     make_vne,
@@ -75,6 +76,7 @@ async def test_saved_by_each_engine_and_restored(
     engines, settings = kind
     vne = make_kind(tmp_path, **settings)
     await qsnap.up(vne, place=place)
+    await wait_booted(place)
     async with open_consoles("kind", place, len(vne.vms)) as consoles:
         await wait_ready(consoles)
     for engine in engines:
@@ -91,6 +93,14 @@ async def test_saved_by_each_engine_and_restored(
         await qsnap.restore("kind", engine.value, place=place)
         async with open_consoles("kind", place, len(vne.vms)) as consoles:
             await check_continues(consoles, verdict.states)
+
+
+async def wait_booted(place: qsnap.Place) -> None:
+    """Return when every guest has spoken. QEMU's pl011 reads no more if it was sent too much before Linux set it up."""
+    with trio.fail_after(READY_S):
+        for log in place.run.glob("kind/*/console.log"):
+            while b'"ready"' not in log.read_bytes():
+                await trio.sleep(0.1)
 
 
 def holds_stamps(path: Path, start: int) -> bool:

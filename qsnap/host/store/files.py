@@ -37,7 +37,7 @@ def explained(doing: str, where: Path) -> Iterator[None]:
 
 
 def make_directories(root: Path, *names: str) -> Path:
-    """The directory `root`/`names`, made as far as it is missing; the parent of `root` must exist.
+    """The directory `root`/`names`, made as far as it is missing; the parent of `root` must exist, or be below home.
 
     Whatever the umask, its mode is 0700, and so is that of what lies between; that of an older `root` is
     left.
@@ -46,6 +46,9 @@ def make_directories(root: Path, *names: str) -> Path:
         HostError: it cannot be made, or something else, such as a symbolic link, is in its place.
     """
     directory = root
+    if root.is_relative_to(Path.home()):
+        with explained("make the directory", root):
+            root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name in ("", *names):
         directory /= name
         with explained("make the directory", directory):

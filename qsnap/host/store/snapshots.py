@@ -276,7 +276,7 @@ class Store:
         return waste
 
     def _all_names(self, vne: str | None) -> tuple[tuple[str, str], ...]:
-        if not self.root.parent.is_dir():
+        if not (self.root.parent.is_dir() or self.root.is_relative_to(Path.home())):
             message = "there is no store, and no directory to make it in"
             raise HostError(message, where=str(self.root), advice="Make the directory, or choose another store.")
         names = self._vnes() if vne is None else (vne,)
