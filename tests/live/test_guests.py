@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 import qsnap
 from qsnap import Backing, Disk, Engine, EngineRefusedError
