@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
-
-from cattrs import Converter, transform_error
+from collections.abc import Iterable
+from typing import Any
 
 from qsnap.errors import IntegrityError, StateError
-from qsnap.model import Engine, Snapshot, StoredFile
+from qsnap.model import Engine, Snapshot, StoredFile, VMSnapshot
+from qsnap.wire.strict import make_converter, parse_object, structure
 
 FORMAT = "qsnap-1"
 MANIFEST = "manifest.json"
@@ -29,7 +27,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ZEROS = "0" * 64
 _UNUSABLE = "Put back a copy of it, or remove the snapshot."
-T = TypeVar("T")
+_converter = make_converter()
 
 
 def is_name(text: str) -> bool:
@@ -72,10 +70,9 @@ def parse_manifest(data: bytes, *, file: str) -> Snapshot:
         raise IntegrityError(f"unknown manifest format {shown}", file=file, advice=advice)
     _check_self_digest(document, data, file)
     try:
-        snapshot = _converter.structure(document.get("snapshot"), Snapshot)
-    except Exception as error:  # cattrs groups what it finds; a hostile value can make it raise nearly anything
-        reasons = "; ".join(transform_error(error, path="snapshot"))[:400]
-        raise IntegrityError(f"not a snapshot: {reasons}", file=file, advice=_UNUSABLE) from None
+        snapshot = structure(_converter, document.get("snapshot"), Snapshot, path="snapshot")
+    except ValueError as error:
+        raise IntegrityError(f"not a snapshot: {error}", file=file, advice=_UNUSABLE) from None
     for fault in _faults(snapshot):
         raise IntegrityError(fault, file=file, advice=_UNUSABLE)
     return snapshot
@@ -83,12 +80,12 @@ def parse_manifest(data: bytes, *, file: str) -> Snapshot:
 
 def files_in(snapshot: Snapshot) -> tuple[StoredFile, ...]:
     """Every file that `snapshot` needs, once each: RAM, device streams, disk layers."""
-    found: dict[StoredFile, None] = {}
-    for vm in snapshot.vms:
-        found |= dict.fromkeys(block.file for block in vm.ram)
-        found[vm.device_stream] = None
-        found |= dict.fromkeys(layer for disk in vm.disks for layer in disk.layers)
-    return tuple(found)
+    return tuple(dict.fromkeys(file for vm in snapshot.vms for file in files_of(vm)))
+
+
+def files_of(vm: VMSnapshot) -> tuple[StoredFile, ...]:
+    """The same of one of its VMs."""
+    return (*(block.file for block in vm.ram), vm.device_stream, *(file for disk in vm.disks for file in disk.layers))
 
 
 def garbage(snapshots: Iterable[Snapshot], present: Iterable[str], in_use: Iterable[str]) -> tuple[str, ...]:
@@ -122,29 +119,10 @@ def _and_parents(path: str) -> list[str]:
 
 def _parse_json(data: bytes, file: str) -> dict[str, Any]:
     try:
-        document = json.loads(
-            data.decode(), object_pairs_hook=_without_repeats, parse_float=_finite, parse_constant=_finite
-        )
-    except (ValueError, RecursionError) as error:
+        return parse_object(data)
+    except ValueError as error:
         message = f"not a manifest: {str(error)[:200]}"
         raise IntegrityError(message, file=file, advice=_UNUSABLE) from None
-    if not isinstance(document, dict):
-        raise IntegrityError("not a manifest: no JSON object", file=file, advice=_UNUSABLE)
-    return document
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError("a key is given twice in one object")
-    return content
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:40]} is out of range")
-    return number
 
 
 def _check_self_digest(document: dict[str, Any], data: bytes, file: str) -> None:
@@ -178,21 +156,3 @@ def _faults(snapshot: Snapshot) -> Iterable[str]:
         for block in vm.ram:
             if block.file.size_bytes < block.used_length:
                 yield f"{block.file.path} is shorter than the RAMBlock {block.idstr[:80]!r}"
-
-
-def _exactly(kind: type[T], *accepted: type) -> Callable[[Any, Any], T]:
-    """A cattrs hook that takes a JSON value of the right type only, where cattrs would convert."""
-
-    def structure(value: Any, _: Any) -> T:
-        if type(value) not in (kind, *accepted):
-            raise ValueError(f"must be {kind.__name__}, not {type(value).__name__}")
-        return kind(value)  # type: ignore[call-arg]
-
-    return structure
-
-
-_converter = Converter(forbid_extra_keys=True)
-_converter.register_structure_hook(str, _exactly(str))
-_converter.register_structure_hook(int, _exactly(int))
-_converter.register_structure_hook(bool, _exactly(bool))
-_converter.register_structure_hook(float, _exactly(float, int))

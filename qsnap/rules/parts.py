@@ -1,0 +1,97 @@
+"""Putting together what the hosts of a VNE say, each of its own part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+
+from attrs import evolve
+
+from qsnap.errors import IntegrityError
+from qsnap.model import VM, VNE, AttachReport, Host, RestoreReport, Snapshot, VMStatus, VNEStatus
+
+UNREACHABLE = "unreachable"  #: the state of a VM whose host does not answer
+
+
+def hosts_in_use(vne: VNE) -> tuple[Host, ...]:
+    """The hosts that have VMs of it, in the order of the description. The first is the decider."""
+    used = {vm.host for vm in vne.vms}
+    return tuple(host for host in vne.hosts if host.name in used)
+
+
+def whole_vne(parts: Sequence[VNE]) -> VNE:
+    """The VNE that these are the parts of."""
+    vms: dict[str, VM] = {}
+    for vm in (vm for part in parts for vm in part.vms):
+        vms.setdefault(vm.name, vm)
+    return evolve(parts[0], vms=tuple(vms.values()), here="")
+
+
+def whole_status(parts: Sequence[VNEStatus]) -> VNEStatus:
+    """The state of a VNE; that of one host is what it is."""
+    if len(parts) == 1:
+        return parts[0]
+    vms = tuple(vm for part in parts for vm in part.vms)
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+    return evolve(parts[0], netns="", store="", vms=vms, notes=notes)
+
+
+def with_missing(whole: VNE, parts: Mapping[str, VNEStatus], missing: Mapping[str, str]) -> VNEStatus:
+    """The state of a VNE, some hosts of which could not say what theirs is, and why."""
+    vms = {vm.name: vm for part in parts.values() for vm in part.vms}
+    vms |= {vm.name: _unreachable(vm) for vm in whole.vms if vm.host in missing}
+    found = whole_status(list(parts.values()))
+    return in_order(whole, evolve(found, vms=tuple(vms.values()), notes=(*found.notes, *missing.values())))
+
+
+def in_order(whole: VNE, status: VNEStatus) -> VNEStatus:
+    """The same with its VMs in the order of the description."""
+    order = {vm.name: index for index, vm in enumerate(whole.vms)}
+    return evolve(status, vms=tuple(sorted(status.vms, key=lambda vm: order.get(vm.name, len(order)))))
+
+
+def _unreachable(vm: VM) -> VMStatus:
+    return VMStatus(vm.name, UNREACHABLE, 0, vm.accelerator, (0, 0, 0), vm.machine, vm.ram_bytes, False, vm.host)
+
+
+def whole_snapshot(parts: Sequence[Snapshot]) -> Snapshot:
+    """A snapshot of all hosts. A VM that several of them have is taken from the first.
+
+    Raises IntegrityError if the part of a host is missing, or belongs to another snapshot of that name.
+    """
+    first = parts[0]
+    if not first.operation:
+        return first
+    name = f"{first.vne.name}/{first.name}"
+    if {part.operation for part in parts} != {first.operation}:
+        raise IntegrityError("the hosts have different snapshots of this name", file=name)
+    vms = {vm.vm.name: vm for part in reversed(parts) for vm in part.vms}
+    vne = whole_vne([part.vne for part in parts])
+    return evolve(first, vne=vne, vms=tuple(vms[vm.name] for vm in vne.vms))
+
+
+def whole_snapshots(parts: Iterable[Snapshot]) -> tuple[Snapshot, ...]:
+    """The snapshots that these are parts of, the oldest first."""
+    ordered = sorted(parts, key=lambda part: (part.created_s, part.name))
+    return tuple(
+        whole_snapshot(list(same)) for _, same in groupby(ordered, key=lambda part: (part.created_s, part.name))
+    )
+
+
+def whole_report(parts: Sequence[RestoreReport]) -> RestoreReport:
+    """What a restore did on all hosts."""
+    return RestoreReport(
+        snapshot=whole_snapshot([part.snapshot for part in parts]),
+        ready_ms=max(part.ready_ms for part in parts),
+        ram={vm: how for part in parts for vm, how in part.ram.items()},
+        running_ms={vm: ms for part in parts for vm, ms in part.running_ms.items()},
+    )
+
+
+def whole_attach_report(parts: Sequence[AttachReport]) -> AttachReport:
+    """What qsnap is attached to on all hosts."""
+    return AttachReport(
+        status=whole_status([part.status for part in parts]),
+        barrier_only=next((part.barrier_only for part in parts if part.barrier_only), ""),
+        outside={vm: names for part in parts for vm, names in part.outside.items()},
+    )

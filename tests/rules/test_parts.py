@@ -1,0 +1,93 @@
+"""Putting the parts of a VNE and of its snapshots together."""
+
+from __future__ import annotations
+
+import pytest
+from attrs import evolve
+
+from qsnap.errors import IntegrityError
+from qsnap.model import VM, VNE, Accelerator, Colour, Host, Snapshot, VMStatus, VNEStatus
+from qsnap.rules.parts import (
+    UNREACHABLE,
+    hosts_in_use,
+    in_order,
+    whole_snapshot,
+    whole_snapshots,
+    whole_status,
+    with_missing,
+)
+from tests.samples import snapshot
+
+HOSTS = tuple(Host(name, "10.0.0.1", 7907, f"10.0.0.{number}") for number, name in enumerate(("a", "b", "c"), start=1))
+SAVED = snapshot()
+NAMES = [vm.vm.name for vm in SAVED.vms]
+
+
+def parts(saved: Snapshot = SAVED, operation: str = "1") -> list[Snapshot]:
+    """The snapshot as if its first VM had been on host b, and the others on c."""
+    vms = tuple(evolve(vm, vm=evolve(vm.vm, host="c" if index else "b")) for index, vm in enumerate(saved.vms))
+    vne = evolve(saved.vne, vms=tuple(vm.vm for vm in vms), hosts=HOSTS)
+    whole = evolve(saved, vne=vne, vms=vms, operation=operation)
+    return [evolve(whole, vne=vne.part(host), vms=tuple(vm for vm in vms if vm.vm.host == host)) for host in ("b", "c")]
+
+
+def test_hosts_without_vms_have_no_part() -> None:
+    vne = VNE("lab", (VM("x", 1, host="c"), VM("y", 1, host="b")), hosts=HOSTS)
+    assert [host.name for host in hosts_in_use(vne)] == ["b", "c"]
+
+
+def test_parts_are_the_whole() -> None:
+    whole = whole_snapshot(parts())
+    assert [vm.vm.name for vm in whole.vms] == NAMES
+    assert [vm.name for vm in whole.vne.vms] == NAMES
+    assert whole.vne.here == ""
+
+
+def test_a_snapshot_of_one_host_is_what_it_is() -> None:
+    assert whole_snapshot([SAVED]) is SAVED
+
+
+def test_a_vm_that_two_hosts_have_is_there_once() -> None:
+    b, c = parts()
+    copy = evolve(b.vms[0], vm=evolve(b.vms[0].vm, host="c"))
+    moved = evolve(c, vms=(*c.vms, copy), vne=evolve(c.vne, vms=(*c.vne.vms, copy.vm)))
+    whole = whole_snapshot([b, moved])
+    assert sorted(vm.vm.name for vm in whole.vms) == sorted(NAMES)
+    assert [vm.vm for vm in whole.vms] == list(whole.vne.vms)
+    assert whole.vms[0] == b.vms[0]
+
+
+def test_parts_of_different_snapshots_are_none() -> None:
+    b, c = parts()
+    with pytest.raises(IntegrityError, match="different snapshots"):
+        whole_snapshot([b, evolve(c, operation="2")])
+
+
+def test_snapshots_by_time() -> None:
+    old, new = parts(), parts(evolve(SAVED, name="later", created_s=SAVED.created_s + 1), "2")
+    found = whole_snapshots([new[1], old[0], new[0], old[1]])
+    assert [(each.name, len(each.vms)) for each in found] == [(SAVED.name, len(NAMES)), ("later", len(NAMES))]
+
+
+def status(host: str, *vms: str, note: str = "") -> VNEStatus:
+    found = tuple(VMStatus(vm, "running", 1, Accelerator.TCG, (9, 0, 0), "pc", 1, False, host) for vm in vms)
+    return VNEStatus("lab", f"qsnap-lab-{host}", Colour.RED, "/store", found, (note,) if note else ())
+
+
+def test_a_state_of_several_hosts() -> None:
+    whole = whole_status([status("b", "x", note="slow"), status("c", "y", note="slow")])
+    assert [(vm.name, vm.host) for vm in whole.vms] == [("x", "b"), ("y", "c")]
+    assert (whole.netns, whole.store, whole.notes) == ("", "", ("slow",))
+
+
+def test_vms_are_in_the_order_of_the_description() -> None:
+    vne = VNE("lab", (VM("x", 1, host="b"), VM("y", 1, host="c"), VM("z", 1, host="b")), hosts=HOSTS)
+    found = in_order(vne, whole_status([status("b", "x", "z"), status("c", "y")]))
+    assert [vm.name for vm in found.vms] == ["x", "y", "z"]
+
+
+def test_vms_of_a_host_that_does_not_answer() -> None:
+    vne = VNE("lab", (VM("x", 1, host="b"), VM("y", 1, host="c")), hosts=HOSTS)
+    found = with_missing(vne, {"b": status("b", "x")}, {"c": "host c: nothing listens"})
+    assert {vm.name: (vm.state, vm.host) for vm in found.vms} == {"x": ("running", "b"), "y": (UNREACHABLE, "c")}
+    assert found.notes == ("host c: nothing listens",)
