@@ -62,6 +62,12 @@ class BusyError(StateError):
     exit_code = 5
 
 
+class InDoubtError(StateError):
+    """An operation on several hosts has ended, and this one has not learned how. Its VMs run; nothing is lost."""
+
+    exit_code = 15
+
+
 class HostError(QsnapError):
     """This host lacks something: a privilege, a device, a program, space, huge pages."""
 
@@ -108,3 +114,21 @@ class AttachRefusedError(QsnapError):
     """A running VM has something that a snapshot could not bring back, so it is not attached. Nothing was changed."""
 
     exit_code = 11
+
+
+class ProtocolError(QsnapError):
+    """What came from another host cannot be true or meant at this point, or is not the protocol of this version."""
+
+    exit_code = 12
+
+
+class ConnectionLostError(QsnapError):
+    """Another host cannot be reached, or the connection to it was lost."""
+
+    exit_code = 13
+
+
+class IdentityError(QsnapError):
+    """An identity is damaged, expired, revoked, or not of the CA or the host that is expected."""
+
+    exit_code = 14

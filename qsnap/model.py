@@ -9,6 +9,8 @@ from enum import Enum
 
 from attrs import evolve, field, frozen
 
+VNI_LIMIT = 1 << 24  #: VXLAN numbers are below
+
 
 class Colour(Enum):
     """One of the two bridges of a network. At rest all taps are on one of them."""
@@ -100,7 +102,8 @@ class VM:
     """One VM as described.
 
     `numa` are the sizes of its NUMA nodes, which add up to `memory_bytes`; `dimms` are memory devices beside that.
-    `qmp` is the QMP socket of a VM that qsnap did not start, but is attached to.
+    `qmp` is the QMP socket of a VM that qsnap did not start, but is attached to. `host` is where it runs, in a VNE that
+    is spread over hosts.
     """
 
     name: str
@@ -120,6 +123,7 @@ class VM:
     nics: tuple[Nic, ...] = ()
     extra: tuple[str, ...] = ()
     qmp: str = ""
+    host: str = ""
 
     @property
     def ram_bytes(self) -> int:
@@ -129,20 +133,44 @@ class VM:
 
 @frozen
 class Network:
-    """A layer-2 network between VMs. `bridge` is somebody else's bridge that attached VMs are on."""
+    """A layer-2 network between VMs. `bridge` is somebody else's bridge that attached VMs are on.
+
+    `vni` is the VXLAN number of its red tunnels between hosts, and the next one that of the blue; 0 has them made.
+    """
 
     name: str
     mtu: int = 1500
     bridge: str = ""
+    vni: int = 0
+
+
+@frozen
+class Host:
+    """A machine that VMs run on. Its agent listens at `address`:`port`; its tunnels end at the IP address `tunnel`."""
+
+    name: str
+    address: str
+    port: int
+    tunnel: str
 
 
 @frozen
 class VNE:
-    """VMs + networks, as a description states them."""
+    """VMs + networks, as a description states them.
+
+    `hosts` are those that it is spread over, if it is. `here` is the one whose part of it this is: all of its networks,
+    and the VMs on that host.
+    """
 
     name: str
     vms: tuple[VM, ...]
     networks: tuple[Network, ...] = ()
+    hosts: tuple[Host, ...] = ()
+    here: str = ""
+
+    def part(self, host: str) -> VNE:
+        """What one of the hosts has of it."""
+        return evolve(self, vms=tuple(vm for vm in self.vms if vm.host == host), here=host)
 
     @property
     def attached(self) -> bool:
@@ -259,7 +287,10 @@ class VMSnapshot:
 
 @frozen
 class Snapshot:
-    """A consistent state of a whole VNE, as its manifest records it. `created_s` is Unix time."""
+    """A consistent state of a whole VNE, as its manifest records it. `created_s` is Unix time.
+
+    `operation` is what took it on several hosts.
+    """
 
     name: str
     vne: VNE
@@ -267,6 +298,147 @@ class Snapshot:
     created_s: float
     vms: tuple[VMSnapshot, ...]
     discrepancy_ms: float = field(default=0.0)  #: latest minus earliest STOP instant
+    operation: str = ""
+
+
+@frozen
+class VMStatus:
+    """One VM of a running VNE. `state` is QEMU's run state, or `dead`; `busy` if its only QMP socket is in use.
+
+    `host` is where it runs, in a VNE that is spread over hosts.
+    """
+
+    name: str
+    state: str
+    pid: int
+    accelerator: Accelerator
+    qemu_version: tuple[int, int, int]
+    machine_type: str
+    memory_bytes: int
+    hugetlb: bool
+    host: str = ""
+
+
+@frozen
+class VNEStatus:
+    """A VNE that was brought up.
+
+    `netns` is the network namespace that holds its VMs and networks: a name; or without root the path
+    /proc/PID/ns/net, and nothing once all VMs are dead. `notes` are what its user should know, after it was started.
+    """
+
+    name: str
+    netns: str
+    colour: Colour
+    store: str
+    vms: tuple[VMStatus, ...]
+    notes: tuple[str, ...] = ()
+
+
+@frozen
+class RestoreReport:
+    """What a restore did.
+
+    Attributes:
+        ready_ms: from the call to the moment all VMs ran.
+        ram: how each VM got its RAM.
+        running_ms: for each VM, from the start of its QEMU to its RESUME; none of those that stay paused.
+    """
+
+    snapshot: Snapshot
+    ready_ms: float
+    ram: dict[str, str]
+    running_ms: dict[str, float]
+
+
+@frozen
+class AttachReport:
+    """What qsnap is attached to now. `barrier_only` is why snapshots of it take the barrier cut, or nothing.
+
+    `outside` are, for each VM, the network backends that no cut separates: what they carry is lost at a restore.
+    """
+
+    status: VNEStatus
+    barrier_only: str
+    outside: dict[str, tuple[str, ...]]
+
+
+@frozen
+class Ability:
+    """Something that VNEs need or are better for: whether it is here, what was found, and how to come by it."""
+
+    name: str
+    here: bool
+    finding: str
+    remedy: str = ""
+
+
+@frozen
+class HostReport:
+    """What the agent of a host is and can do; or in `fault` why it cannot be asked, and in `remedy` what to do then."""
+
+    host: Host
+    version: str
+    abilities: tuple[Ability, ...]
+    fault: str = ""
+    remedy: str = ""
+
+
+@frozen
+class SnapshotOrder:
+    """What snapshot is to be taken.
+
+    `id` is that of the operation on several hosts, and `decider` the host that knows its outcome, for one that is not
+    the decider itself. `clock_offset_s` is what the initiator's clock shows more than that of the host.
+    """
+
+    vne: str
+    name: str
+    engine: Engine = Engine.AUTO
+    cut: Cut = Cut.COLOUR
+    disks: DiskEngine = DiskEngine.AUTO
+    clock_offset_s: float = 0.0
+    id: str = ""
+    decider: str = ""
+
+
+@frozen
+class UpOrder:
+    """What is to be started. `id` and `decider` as in `SnapshotOrder`."""
+
+    vne: VNE
+    id: str = ""
+    decider: str = ""
+
+
+@frozen
+class RestoreOrder:
+    """What is to be started as it was saved: `part` of the VNE, or all that this host has of it in the snapshot.
+
+    `qemu` replaces the program that the snapshot names. With `paused` the VMs are loaded and not let run. `id` and
+    `decider` as in `SnapshotOrder`.
+    """
+
+    vne: str
+    name: str
+    ram: RamMode = RamMode.AUTO
+    qemu: str = ""
+    paused: bool = False
+    part: VNE | None = None
+    id: str = ""
+    decider: str = ""
+
+
+@frozen
+class Outcome:
+    """What is decided of a snapshot of several hosts when it is committed: what no host could know by itself."""
+
+    created_s: float = 0.0
+    discrepancy_ms: float = 0.0
+
+    def applied(self, part: Snapshot) -> Snapshot:
+        """The part of one host with these figures."""
+        return evolve(part, created_s=self.created_s, discrepancy_ms=self.discrepancy_ms)
 
 
 def version_text(version: tuple[int, int, int]) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qsnap.config import files_of, missing_file_error, parse_description
 from qsnap.config.key_lines import KeyLines, dotted, parse_dotted
 from qsnap.errors import ConfigError
-from qsnap.model import VM, VNE, Accelerator, Backing, Disk, Network, Nic
+from qsnap.model import VM, VNE, Accelerator, Backing, Disk, Host, Network, Nic
 from tests.samples import UNHURRIED, vnes
 
 LAB = """\
@@ -193,6 +193,8 @@ FAULTS = [
     ("[vm.Bob]", 4, "vm.Bob", "not a name"),
     ('[vm."-b"]', 4, "vm.-b", "not a name"),
     ("[network.wan]\nmtu = 10", 5, "network.wan.mtu", "not between 68 and 65535"),
+    ("[network.wan]\nvni = 16777216", 5, "network.wan.vni", "not between 2 and 16777214"),
+    ("[network.wan]\nvni = 4001", 5, "network.wan.vni", "odd"),
     ("[network.wan]\nvlan = 10", 5, "network.wan.vlan", "Valid: mtu"),
     ("[defaults]\nvcpu = 10", 5, "defaults.vcpu", "Did you mean `vcpus`?"),
     ("[defaults]\nname = 'x'", 5, "defaults.name", "unknown key"),
@@ -448,3 +450,64 @@ def test_faults_of_vms_that_run_already(line: str, key: str, message: str) -> No
 def test_taps_are_named_by_qsnap_otherwise() -> None:
     error = fault(one_vm('memory = "1G"', 'kernel = "k"', 'nics = [{ network = "lan", tap = "vnet0" }]'))
     assert (error.line, error.key) == (6, "vm.alice.nics[0].tap")
+
+
+SPREAD = """\
+name = "lab"
+[hosts]
+alpha = "10.0.0.1"
+beta = { address = "beta.example:7000", tunnel = "10.0.0.2" }
+gamma = { address = "[fd00::3]:7001", tunnel = "10.0.0.3" }
+[defaults]
+memory = "512M"
+kernel = "k"
+host = "alpha"
+[vm.alice]
+[vm.bob]
+host = "beta"
+"""
+
+
+def test_vms_on_several_hosts() -> None:
+    vne = parse(SPREAD)
+    assert vne.hosts == (
+        Host("alpha", "10.0.0.1", 7907, "10.0.0.1"),
+        Host("beta", "beta.example", 7000, "10.0.0.2"),
+        Host("gamma", "fd00::3", 7001, "10.0.0.3"),
+    )
+    assert [vm.host for vm in vne.vms] == ["alpha", "beta"]
+    part = vne.part("beta")
+    assert ([vm.name for vm in part.vms], part.here, part.hosts) == (["bob"], "beta", vne.hosts)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "message"),
+    [
+        ('host = "alpha"', "", "vm.alice.host", "is required where there is a table"),
+        ('host = "beta"', 'host = "delta"', "vm.bob.host", "unknown host 'delta'"),
+        (', tunnel = "10.0.0.2"', "", "hosts.beta.address", "'beta.example' is no IP address"),
+        ('"10.0.0.2"', '"10.0.0"', "hosts.beta.tunnel", "'10.0.0' is no IP address"),
+        ('"10.0.0.1"', '"10.0.0.1:0"', "hosts.alpha", "'10.0.0.1:0' is no address"),
+        ('"10.0.0.1"', '"10.0.0.1:70000"', "hosts.alpha", "is no address"),
+        ('"10.0.0.1"', '"a b"', "hosts.alpha", "is no address"),
+        ('"10.0.0.1"', "7", "hosts.alpha", "must be a table"),
+        ("alpha =", "Alpha =", "hosts.Alpha", "name"),
+        ('"10.0.0.3"', '"10.0.0.2"', "hosts.gamma", "10.0.0.2 is the address of beta's tunnels already"),
+        (', tunnel = "10.0.0.3"', "", "hosts.gamma", "an address of IPv6, and alpha's of IPv4"),
+    ],
+)
+def test_faults_of_hosts(old: str, new: str, key: str, message: str) -> None:
+    error = fault(SPREAD.replace(old, new))
+    assert error.key == key
+    assert message in str(error)
+
+
+def test_a_host_without_a_table_of_hosts() -> None:
+    error = fault(
+        SPREAD.replace("[hosts]", "[network.x]")
+        .replace('alpha = "10.0.0.1"', "")
+        .replace("beta = {", "#")
+        .replace("gamma =", "#")
+    )
+    assert error.key == "defaults.host"
+    assert "there is no table [hosts]" in str(error)

@@ -4,6 +4,6 @@ Nothing is read from disk here: `files_of` tells the caller which files must exi
 words the complaint about one that does not. `docs/description.md` documents every key.
 """
 
-from qsnap.config.description import files_of, missing_file_error, parse_description
+from qsnap.config.description import AGENT_PORT, files_of, missing_file_error, parse_description
 
-__all__ = ["files_of", "missing_file_error", "parse_description"]
+__all__ = ["AGENT_PORT", "files_of", "missing_file_error", "parse_description"]

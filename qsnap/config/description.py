@@ -7,6 +7,8 @@ A value keeps its place until the VM is complete, for the rules that concern mor
 from __future__ import annotations
 
 import hashlib
+import ipaddress
+import itertools
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -33,14 +35,16 @@ from qsnap.config.readers import (
     whole,
 )
 from qsnap.errors import ConfigError
-from qsnap.model import VM, VNE, Accelerator, Backing, Disk, Network, Nic
+from qsnap.model import VM, VNE, VNI_LIMIT, Accelerator, Backing, Disk, Host, Network, Nic
 
 Settings = dict[str, tuple[Key, Any]]  #: field of VM -> where it was given, and its value
 MacKey = tuple[Key, int]  #: the place of a VM, and the index of one of its NICs
 
+AGENT_PORT = 7907  #: where an agent listens if nothing else is said
+_HOST_PORT = re.compile(r"(\[(?P<ipv6>[0-9a-fA-F:.]+)\]|(?P<host>[A-Za-z0-9._-]+))(:(?P<port>[0-9]{1,5}))?")
 _FORMATS = ("qcow2", "raw", "vdi", "vhdx", "vmdk", "vpc")
 _FIELDS = {"memory": "memory_bytes", "network": "nics"}  # keys that are not called like the VM's field
-_ATTACHED_FIELDS = ("qmp", "nics", "network", "qemu")  # all else is learned from the running VM
+_ATTACHED_FIELDS = ("qmp", "nics", "network", "qemu", "host")  # all else is learned from the running VM
 _INNER_NETDEV = re.compile(r"(type=)?(user|passt)(,.*)?", re.DOTALL)
 _DISK_OPTIONS = "drive blockdev hda hdb hdc hdd cdrom fda fdb sd mtdblock pflash"
 _OWN_OPTIONS = "qmp qmp-pretty daemonize pidfile name uuid nodefaults no-user-config no-shutdown nographic readconfig"
@@ -69,18 +73,21 @@ def parse_description(text: str, *, file: str, base_dir: str = "") -> VNE:
         ConfigError: the text is not TOML, or not a valid description. The first fault found is reported.
     """
     source = Source(text, file, base_dir)
-    top = table(source, (), parse_toml(source), ("name", "defaults", "network", "vm"))
+    top = table(source, (), parse_toml(source), ("name", "defaults", "hosts", "network", "vm"))
     vne_name = name(source, ("name",), required(source, (), top, "name", 'name = "lab"'))
     networks = tuple(_network(source, key, value) for key, value in _named_tables(source, top, "network"))
+    hosts = tuple(_host(source, key, value) for key, value in _named_tables(source, top, "hosts"))
+    _check_tunnels(source, hosts)
     source = evolve(source, networks=tuple(network.name for network in networks))
     defaults = _settings(source, ("defaults",), top.get("defaults", {}))
     given = {key: {**defaults, **_settings(source, key, value)} for key, value in _named_tables(source, top, "vm")}
     if not given:
         raise source.error(("vm",), "a VNE needs at least one VM", "Add a table such as [vm.alice].")
     _check_all_or_none_run(source, given)
+    _check_hosts(source, given, [host.name for host in hosts])
     macs = _macs(source, vne_name, given)
     vms = tuple(_vm(source, key, settings, macs) for key, settings in given.items())
-    return VNE(vne_name, vms, networks)
+    return VNE(vne_name, vms, networks, hosts)
 
 
 def _check_all_or_none_run(source: Source, given: dict[Key, Settings]) -> None:
@@ -94,6 +101,28 @@ def _check_all_or_none_run(source: Source, given: dict[Key, Settings]) -> None:
             for index, nic in enumerate(nics):
                 if nic.tap and not attached:
                     raise source.error((*place, index, "tap"), "qsnap names the taps of VMs that it starts itself")
+
+
+def _check_tunnels(source: Source, hosts: tuple[Host, ...]) -> None:
+    """A host that sent to its own tunnel would hear itself, and a tunnel takes one version of IP."""
+    for host, other in itertools.combinations(hosts, 2):
+        here, there = ipaddress.ip_address(host.tunnel), ipaddress.ip_address(other.tunnel)
+        if here == there:
+            raise source.error(("hosts", other.name), f"{there} is the address of {host.name}'s tunnels already")
+        if here.version != there.version:
+            message = f"its tunnels have an address of IPv{there.version}, and {host.name}'s of IPv{here.version}"
+            raise source.error(("hosts", other.name), message, "Give all hosts a `tunnel` of one version.")
+
+
+def _check_hosts(source: Source, given: dict[Key, Settings], hosts: list[str]) -> None:
+    """Where there are hosts, each VM has one of them."""
+    for key, settings in given.items():
+        place, host = settings.get("host", ((*key, "host"), ""))
+        if host and not hosts:
+            raise source.error(place, "there is no table [hosts]", f'For example: [hosts] with {host} = "10.0.0.1"')
+        if hosts and host not in hosts:
+            message = f"unknown host {host!r}" if host else "is required where there is a table [hosts]"
+            raise source.error(place, message, nearest(host, hosts))
 
 
 def files_of(vne: VNE) -> tuple[tuple[str, str], ...]:
@@ -131,9 +160,47 @@ def _named_tables(source: Source, top: dict[str, object], kind: str) -> list[tup
 
 
 def _network(source: Source, key: Key, value: object) -> Network:
-    given = table(source, key, value, ("mtu",))
-    word = str(key[-1])
-    return Network(word, whole(68, 65535)(source, (*key, "mtu"), given["mtu"])) if "mtu" in given else Network(word)
+    given = table(source, key, value, ("mtu", "vni"))
+    readers: dict[str, Reader[Any]] = {"mtu": whole(68, 65535), "vni": _vni}
+    values = {word: readers[word](source, (*key, word), item) for word, item in given.items()}
+    return Network(str(key[-1]), **values)
+
+
+def _vni(source: Source, key: Key, value: object) -> int:
+    number = whole(2, VNI_LIMIT - 2)(source, key, value)
+    if number % 2:
+        raise source.error(key, f"{number} is odd", "It must be even: the next number is taken as well.")
+    return number
+
+
+def _host(source: Source, key: Key, value: object) -> Host:
+    """`NAME = "ADDRESS[:PORT]"`, or a table with `tunnel` where tunnels end at another address."""
+    given = table(source, key, {"address": value} if isinstance(value, str) else value, ("address", "tunnel"))
+    place = key if isinstance(value, str) else (*key, "address")
+    text = required(source, key, given, "address", '{ address = "10.0.0.1" }')
+    address, port = _address(source, place, text)
+    tunnel = string(source, (*key, "tunnel"), given.get("tunnel", address))
+    if not _is_ip(tunnel):
+        advice = 'Tunnels need an IP address: { address = "alpha.example", tunnel = "10.0.0.1" }'
+        raise source.error((*key, "tunnel") if "tunnel" in given else place, f"{tunnel!r} is no IP address", advice)
+    return Host(str(key[-1]), address, port, tunnel)
+
+
+def _address(source: Source, key: Key, value: object) -> tuple[str, int]:
+    """HOST, HOST:PORT, or [IPv6]:PORT."""
+    text = string(source, key, value)
+    found = _HOST_PORT.fullmatch(text)
+    if not found or not 0 < (port := int(found["port"] or AGENT_PORT)) < 65536:
+        raise source.error(key, f"{text!r} is no address", f'For example "10.0.0.1" or "alpha.example:{AGENT_PORT}"')
+    return found["ipv6"] or found["host"], port
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _settings(source: Source, key: Key, value: object) -> Settings:
@@ -179,7 +246,8 @@ def _attached_vm(source: Source, key: Key, settings: Settings) -> VM:
             advice = f"Beside `qmp` there may be: {', '.join(_ATTACHED_FIELDS)}."
             raise source.error(place, "is learned from the running VM", advice)
     nics = _cards(fields.get("nics", ()), "pci")
-    return VM(name=str(key[-1]), memory_bytes=0, qmp=fields["qmp"], nics=nics, qemu=fields.get("qemu", ""))
+    told = {"qemu": "", **{field: fields[field] for field in ("qmp", "qemu", "host") if field in fields}}
+    return VM(name=str(key[-1]), memory_bytes=0, nics=nics, **told)
 
 
 def _macs(source: Source, vne_name: str, given: dict[Key, Settings]) -> dict[MacKey, str]:
@@ -308,5 +376,6 @@ _READERS: dict[str, Reader[Any]] = {
     "nics": tuple_of(_nic),
     "network": lambda source, key, value: (Nic(_network_name(source, key, value), "", ""),),
     "extra": _extra,
+    "host": string,
     "qmp": lambda source, key, value: path(source, key, _filled(source, key, value)),
 }

@@ -124,7 +124,8 @@ def matching(pattern: str, rule: str) -> Reader[str]:
     return read
 
 
-name = matching(r"[a-z0-9][a-z0-9-]{0,31}", "a name: 1 to 32 of a-z, 0-9 and -, not starting with -")
+NAME = r"[a-z0-9][a-z0-9-]{0,31}"
+name = matching(NAME, "a name: 1 to 32 of a-z, 0-9 and -, not starting with -")
 
 
 def one_of(valid: Collection[str]) -> Reader[str]:

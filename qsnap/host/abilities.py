@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
+import tempfile
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
-
-from attrs import frozen
+from pathlib import Path
 
 from qsnap.errors import HostError
 from qsnap.host import hugepages
 from qsnap.host.bridges import check_networking, open_links
+from qsnap.host.disks.images import clone_refusal
 from qsnap.host.netns import is_privileged, make_netns, remove_netns
+from qsnap.host.place import Place
 from qsnap.host.qemu import choose_accelerator, program_version
 from qsnap.host.tasks import one_error
-from qsnap.model import Accelerator, version_text
+from qsnap.model import Ability, Accelerator, DiskEngine, Engine, version_text
 from qsnap.rules.colouring import AddBridge, AddTap
-from qsnap.rules.engine import USERFAULTFD_ADVICE
+from qsnap.rules.engine import USERFAULTFD_ADVICE, precopy_is_safe
 
 _USERFAULTFD = 323  # the system call (asm/unistd_64.h)
 _MTU = 1500
 
 
-@frozen
-class Ability:
-    """Something that VNEs need or are better for: whether it is here, what was found, and how to come by it."""
-
-    name: str
-    here: bool
-    finding: str
-    remedy: str = ""
-
-
-async def abilities(*, qemu: str = "qemu-system-x86_64") -> tuple[Ability, ...]:
+async def abilities(*, qemu: str = "qemu-system-x86_64", place: Place | None = None) -> tuple[Ability, ...]:
     """What this host can do for VNEs of this user. QEMU and networks are needed; without the others it takes longer.
 
-    `qemu` is the program to ask.
+    `qemu` is the program to ask, `place` has the store.
     """
     checks: dict[str, Callable[[], Awaitable[str]]] = {
         "QEMU": partial(_qemu, qemu),
@@ -44,6 +38,8 @@ async def abilities(*, qemu: str = "qemu-system-x86_64") -> tuple[Ability, ...]:
         "KVM": partial(_kvm, qemu),
         "huge pages": _huge_pages,
         "userfaultfd": _userfaultfd,
+        "engines": partial(_engines, qemu),
+        "disks": partial(_disks, (place or Place()).store),
     }
     return tuple([await _try(name, check) for name, check in checks.items()])
 
@@ -91,3 +87,35 @@ async def _userfaultfd() -> str:
     if os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
         return "open to QEMU 8.0 and newer, for the engine background"
     raise HostError("closed to this user, so that there is no engine background", advice=USERFAULTFD_ADVICE)
+
+
+async def _engines(program: str) -> str:
+    """Those that can capture an ordinary VM, with RAM in one piece."""
+    qemu = await program_version(program)
+    accelerator = await choose_accelerator(Accelerator.AUTO, program)
+    found = []
+    with suppress(HostError):
+        await _userfaultfd()
+        found.append(Engine.BACKGROUND)
+    if precopy_is_safe(qemu, accelerator, 1):
+        found += [Engine.PRECOPY, Engine.RECORD]
+    if not found:
+        raise HostError("none can save VMs of this QEMU", advice=USERFAULTFD_ADVICE)
+    return ", ".join(engine.value for engine in found)
+
+
+async def _disks(store: Path) -> str:
+    """How disks can be kept in the store."""
+    while not store.exists():  # it is made when it is first written to
+        store = store.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".qsnap-", dir=store) as directory:
+            source = os.path.join(directory, "source")
+            Path(source).write_bytes(bytes(1 << 16))
+            reflink = not clone_refusal(source, "raw", directory)
+    except OSError as error:
+        advice = "Choose another --store, or run qsnap as the user that it belongs to."
+        raise HostError(error.strerror or str(error), where=str(store), advice=advice) from error
+    engines = [DiskEngine.OVERLAY, *([DiskEngine.REFLINK] if reflink else []), DiskEngine.COPY]
+    free = shutil.disk_usage(store).free >> 30
+    return f"{', '.join(engine.value for engine in engines)}; {free} GiB free in the store"

@@ -22,7 +22,7 @@ from qsnap.errors import AttachRefusedError, HostError, StateError
 from qsnap.host.bridges import check_networking, open_links
 from qsnap.host.disks import LiveDisk, find_devices, read_disks
 from qsnap.host.journal import Kind, Operation
-from qsnap.host.lifecycle import VNEStatus, status
+from qsnap.host.lifecycle import status
 from qsnap.host.owner import read_settings
 from qsnap.host.place import Place
 from qsnap.host.qemu import Process, find_program, process_of
@@ -32,23 +32,11 @@ from qsnap.host.runtime import LiveVM, LiveVNE
 from qsnap.host.starting import parse_machine_type
 from qsnap.host.takedown import take_down
 from qsnap.host.tasks import run_all
-from qsnap.model import VM, VNE, Accelerator, Colour, Disk
+from qsnap.model import VM, VNE, Accelerator, AttachReport, Colour, Disk
 from qsnap.rules.adopt import Adopted, Netdev, adopt, match_nics, parse_cards, strip_loader
 from qsnap.rules.colouring import bridge_name, plan_networks
 
 GREETING_S = 3.0
-
-
-@frozen
-class AttachReport:
-    """What qsnap is attached to now. `barrier_only` is why snapshots of it take the barrier cut, or nothing.
-
-    `outside` are, for each VM, the network backends that no cut separates: what they carry is lost at a restore.
-    """
-
-    status: VNEStatus
-    barrier_only: str
-    outside: dict[str, tuple[str, ...]]
 
 
 @frozen

@@ -22,9 +22,10 @@ from pyroute2.netlink.rtnl import RTM_SETLINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from qsnap.errors import HostError
-from qsnap.host.netns import Opener, run_with_opener
+from qsnap.host.netns import OWN, Opener, run_with_opener
 from qsnap.host.netns_helper import NETLINK, TUN
-from qsnap.rules.colouring import AddBridge, AddLink, AddTap, LinkStep, Move, Remove, SetPort
+from qsnap.host.tunnels import make_tunnel
+from qsnap.rules.colouring import AddBridge, AddLink, AddTap, AddTunnel, LinkStep, Move, Remove, SetPort
 
 T = TypeVar("T")
 
@@ -34,6 +35,7 @@ USUAL_PORT = {  # a port that was taken off a bridge comes back as new, so what 
     **dict.fromkeys(("LEARNING", "UNICAST_FLOOD", "MCAST_FLOOD", "BCAST_FLOOD"), 1),
     **dict.fromkeys(("MODE", "GUARD", "PROTECT", "FAST_LEAVE", "ISOLATED", "LOCKED", "NEIGH_SUPPRESS"), 0),
 }
+_EVERYBODY = "00:00:00:00:00:00"  # a VXLAN's own table: where frames for many go, or for an address it does not know
 _INTERFACE = Struct("16sH22x")  # ifreq: ifr_name, ifr_flags (linux/if.h)
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB  # linux/if_tun.h
 _IFF_TAP, _IFF_NO_PI = 0x0002, 0x1000
@@ -50,10 +52,14 @@ def check_networking() -> None:
 
 @define
 class Kernel:
-    """An open netlink socket, what opens more in its namespace, and the interface indices asked for so far."""
+    """An open netlink socket, what opens more in its namespace, and the interface indices asked for so far.
+
+    `underlay` is the namespace that tunnels pass through.
+    """
 
     ip: IPRoute
     open: Opener
+    underlay: str
     indices: dict[str, int] = field(factory=dict)
 
     def index(self, name: str) -> int:
@@ -116,6 +122,7 @@ class Links:
     """
 
     netns: str
+    underlay: str
     _jobs: queue.SimpleQueue[Job | None] = field(factory=queue.SimpleQueue)
     _prepared: list[PreparedMoves] = field(factory=list)
 
@@ -168,16 +175,16 @@ class Links:
 
     def _serve(self, ready: trio.Event, opener: Opener) -> None:
         with IPRoute(fileno=opener(NETLINK)) as ip:
-            kernel = Kernel(ip, opener)
+            kernel = Kernel(ip, opener, self.underlay)
             trio.from_thread.run_sync(ready.set)
             while (job := self._jobs.get()) is not None:
                 job(kernel)
 
 
 @asynccontextmanager
-async def open_links(netns: str) -> AsyncIterator[Links]:
-    """Links of the namespace, ready for steps whose time counts."""
-    links = Links(netns)
+async def open_links(netns: str, *, underlay: str = OWN) -> AsyncIterator[Links]:
+    """Links of the namespace, ready for steps whose time counts. Tunnels pass through the namespace `underlay`."""
+    links = Links(netns, underlay)
     async with trio.open_nursery() as nursery:
         ready = trio.Event()
         nursery.start_soon(run_with_opener, netns, partial(links._serve, ready))
@@ -218,6 +225,8 @@ def _apply(kernel: Kernel, step: LinkStep, netns: str) -> None:
                 _add_tap(kernel, step)
             case AddLink():
                 _add_link(kernel, step)
+            case AddTunnel():
+                _add_tunnel(kernel, step)
             case Remove():
                 kernel.ip.link("del", index=kernel.index(step.name))
 
@@ -253,6 +262,13 @@ def _add_link(kernel: Kernel, step: AddLink) -> None:
         kernel.set(end, mtu=step.mtu, master=kernel.index(bridge), state="up")
 
 
+def _add_tunnel(kernel: Kernel, step: AddTunnel) -> None:
+    make_tunnel(step, kernel.underlay)
+    kernel.set(step.name, mtu=step.mtu, master=kernel.index(step.bridge), state="up")
+    for remote in step.remotes:
+        kernel.ip.fdb("append", ifindex=kernel.index(step.name), lladdr=_EVERYBODY, dst=remote)
+
+
 def _set_port(kernel: Kernel, step: SetPort) -> None:
     flood = int(step.flood)
     kernel.ip.brport(
@@ -262,6 +278,7 @@ def _set_port(kernel: Kernel, step: SetPort) -> None:
         mcast_flood=flood,
         bcast_flood=flood,
         learning=int(step.learning),
+        isolated=int(step.isolated),
     )
 
 

@@ -22,6 +22,8 @@ from qsnap.errors import HostError
 from qsnap.host.disks import DiskPlan
 from qsnap.model import Colour
 
+VOTED = "voted"  #: the step of a host that has done all that an operation on several hosts asks of it
+ABORTED = "aborted"  #: and has learned that it is to be undone
 _converter = make_converter()
 
 
@@ -42,13 +44,16 @@ class Kind(Enum):
 class Operation:
     """What is being done, and to which snapshot in which store where it is about one.
 
-    `active` is the colour that the VNE has once a snapshot is committed.
+    `active` is the colour that the VNE has once a snapshot is committed. `id` is that of an operation on several hosts,
+    and `decider` the one of them that knows its outcome, unless that is this one.
     """
 
     kind: Kind
     snapshot: str = ""
     store: str = ""
     active: Colour | None = None
+    id: str = ""
+    decider: str = ""
 
 
 @frozen
@@ -62,11 +67,16 @@ class Member:
 
 @frozen
 class Interrupted:
-    """An operation whose process was killed: the VMs it had begun to capture, and the last step it wrote down."""
+    """An operation whose process was killed: the VMs it had begun to capture, and the steps it wrote down."""
 
     operation: Operation
     members: tuple[Member, ...] = ()
-    step: str = "begin"
+    steps: tuple[str, ...] = ()
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether another host decides what becomes of it: this one has done its part, and does not know."""
+        return bool(self.operation.decider) and VOTED in self.steps and ABORTED not in self.steps
 
 
 @define
@@ -88,11 +98,11 @@ class Journal:
                 return None
             operation = _converter.structure(entries[0]["operation"], Operation)
             members = tuple(_converter.structure(entry["member"], Member) for entry in entries if "member" in entry)
-            steps = [entry["step"] for entry in entries if "step" in entry]
+            steps = tuple(str(entry["step"]) for entry in entries if "step" in entry)
         except Exception as error:  # see Runtime.load
             advice = "Take the VNE down, which removes it: qsnap down VNE"
             raise HostError("this journal is damaged", where=str(self.path), advice=advice) from error
-        return Interrupted(operation, members, steps[-1] if steps else "begin")
+        return Interrupted(operation, members, steps)
 
     def begin(self, operation: Operation) -> None:
         """Write down what is about to be done. Raises HostError where it cannot be written, as the others do."""

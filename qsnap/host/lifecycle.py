@@ -6,74 +6,89 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 
-import trio
-from attrs import evolve, frozen
+from attrs import define, evolve
 
 from qsnap.errors import HostError, QemuError, StateError
 from qsnap.host import hugepages
 from qsnap.host.bridges import check_networking
 from qsnap.host.console import is_taken
-from qsnap.host.journal import Kind, Operation
-from qsnap.host.place import Place, Progress, no_progress
+from qsnap.host.journal import VOTED, Journal, Kind, Operation
+from qsnap.host.place import Place, Progress
 from qsnap.host.qemu import choose_accelerator
 from qsnap.host.qmp import open_loop, open_qmp
-from qsnap.host.recovery import exclusive, recover
+from qsnap.host.recovery import exclusive, let_run, recover
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
-from qsnap.host.starting import DiskBase, Start, build_networks, describe, layers_directory, open_started, start_process
+from qsnap.host.starting import (
+    DiskBase,
+    Start,
+    build_networks,
+    describe,
+    in_huge_pages,
+    layers_directory,
+    open_started,
+    start_process,
+)
 from qsnap.host.takedown import take_down
 from qsnap.host.tasks import one_error, run_all
-from qsnap.model import VM, VNE, Accelerator, Backing, Colour
+from qsnap.host.tunnels import check_tunnels
+from qsnap.model import VM, Backing, Colour, UpOrder, VMStatus, VNEStatus
 from qsnap.rules.command import AnonymousRam, MemfdRam, Ram, TmpfsRam, plan_hardware, plan_ram
 
 STATUS_S = 3.0
 DEAD = "dead"  #: the state of a VM whose process has ended
 
 
-@frozen
-class VMStatus:
-    """One VM of a running VNE. `state` is QEMU's run state, or `dead`; `busy` if its only QMP socket is in use."""
+@asynccontextmanager
+async def open_up(order: UpOrder, place: Place, progress: Progress) -> AsyncIterator[Up]:
+    """The start of what this host has of a VNE, in a network namespace of its own.
 
-    name: str
-    state: str
-    pid: int
-    accelerator: Accelerator
-    qemu_version: tuple[int, int, int]
-    machine_type: str
-    memory_bytes: int
-    hugetlb: bool
-
-
-@frozen
-class VNEStatus:
-    """A VNE that was brought up.
-
-    `netns` is the network namespace that holds its VMs and networks: a name; or without root the path
-    /proc/PID/ns/net, and nothing once all VMs are dead.
+    Raises StateError if it is up already. A block that is left without a commit leaves nothing, unless this host has
+    voted and another one decides.
     """
-
-    name: str
-    netns: str
-    colour: Colour
-    store: str
-    vms: tuple[VMStatus, ...]
-
-
-async def up(vne: VNE, *, place: Place | None = None, progress: Progress = no_progress) -> VNEStatus:
-    """Start all VMs of a VNE in a network namespace of their own, and let them run together.
-
-    Raises StateError if it is up already. On any failure everything that was made is taken away again.
-    """
+    vne = order.vne
     if vne.attached:
         raise StateError(f"the VMs of VNE {vne.name} are run by somebody else", advice="qsnap attach LAB.toml")
     check_networking()
-    place = place or Place()
     runtime = place.runtime()
     async with exclusive(runtime, vne.name) as journal:
         if vne.name in runtime.names():
             raise StateError(f"VNE {vne.name} is up already, or was not taken down", advice=f"qsnap down {vne.name}")
-        journal.begin(Operation(Kind.UP))
-        await _bring_up(LiveVNE(vne, str(place.store), runtime.netns(vne.name), Colour.RED, ()), runtime, progress)
-        return await status(vne.name, place=place)
+        yield Up(order, place, runtime, journal, progress)
+
+
+@define
+class Up:
+    """A start under way: `prepare`, `commit`. Made by `open_up`."""
+
+    order: UpOrder
+    place: Place
+    runtime: Runtime
+    journal: Journal
+    progress: Progress
+    note: str = ""
+
+    async def prepare(self) -> None:
+        """Have all VMs started, and paused."""
+        vne = self.order.vne
+        self.note = await check_tunnels(vne)
+        self.journal.begin(Operation(Kind.UP, id=self.order.id, decider=self.order.decider))
+        live = LiveVNE(vne, str(self.place.store), self.runtime.netns(vne.name), Colour.RED, ())
+        await _bring_up(live, self.runtime, self.progress)
+        if self.order.decider:
+            self.journal.note(VOTED)
+
+    async def commit(self) -> VNEStatus:
+        """Let all of them run, at the same moment as far as one host can."""
+        live = evolve(self.runtime.load(self.order.vne.name), started=self.order.id)
+        self.runtime.save(live)
+        await let_run(live, self.runtime)
+        started = await status(live.vne.name, place=self.place)
+        return evolve(started, notes=(self.note,) if self.note else ())
+
+    async def undo(self) -> None:
+        """Take all of it away."""
+        await take_down(self.order.vne.name, self.runtime)
+        self.journal.end()
 
 
 async def _bring_up(live: LiveVNE, runtime: Runtime, progress: Progress) -> None:
@@ -95,29 +110,27 @@ async def _bring_up(live: LiveVNE, runtime: Runtime, progress: Progress) -> None
     ]
     async with build_networks(live) as live:
         vms = await run_all([partial(_start, live, runtime, start, progress) for start in starts])
-    live = evolve(live, vms=tuple(vms))
-    runtime.save(live)
-    await set_going(live, runtime)
+    runtime.save(evolve(live, vms=tuple(vms), waiting=tuple(vm.vm.name for vm in vms)))
 
 
 async def _start(live: LiveVNE, runtime: Runtime, start: Start, progress: Progress) -> LiveVM:
     progress("start", start.vm.name, 0, 1)
-    process = await start_process(live, runtime, start)
-    async with AsyncExitStack() as stack:
-        qmp = await open_started(stack, runtime, live.vne.name, start.vm.name)
-        started = await describe(qmp, start, process, await layers_directory(live))
+    try:
+        started = await _start_with(live, runtime, start)
+    except QemuError:
+        if start.vm.backing is not Backing.AUTO or not in_huge_pages(start.ram):
+            raise
+        plain = plan_ram(start.vm, AnonymousRam())  # another program may have been faster to take the huge pages
+        started = await _start_with(live, runtime, evolve(start, ram=plain))
     progress("start", start.vm.name, 1, 1)
     return started
 
 
-async def set_going(live: LiveVNE, runtime: Runtime) -> None:
-    """Let all VMs run, at the same moment as far as one host can."""
+async def _start_with(live: LiveVNE, runtime: Runtime, start: Start) -> LiveVM:
+    process = await start_process(live, runtime, start)
     async with AsyncExitStack() as stack:
-        sessions = [
-            await stack.enter_async_context(open_qmp(runtime.qmp_path(live.vne.name, name), vm=name))
-            for name in (vm.vm.name for vm in live.vms)
-        ]
-        await run_all([partial(qmp.execute, "cont") for qmp in sessions])
+        qmp = await open_started(stack, runtime, live.vne.name, process, start.vm.name)
+        return await describe(qmp, start, process, await layers_directory(live))
 
 
 def choose_rams(vms: Sequence[VM], free: int) -> list[Ram]:
@@ -169,6 +182,7 @@ async def _vm_status(live: LiveVM, runtime: Runtime, vne: str) -> VMStatus:
         machine_type=live.machine_type,
         memory_bytes=live.vm.ram_bytes,
         hugetlb=live.hugetlb,
+        host=live.vm.host,
     )
 
 
@@ -199,19 +213,6 @@ async def down(vne: str, *, place: Place | None = None) -> None:
                 raise StateError("its VMs were not started by qsnap", where=f"VNE {vne}", advice=advice)
         journal.begin(Operation(Kind.DOWN))
         await take_down(vne, runtime)
-
-
-@asynccontextmanager
-async def running(vne: VNE, *, place: Place | None = None) -> AsyncIterator[VNEStatus]:
-    """A VNE that is up inside the block and down after it, whatever state it is in by then."""
-    runtime = (place or Place()).runtime()
-    started = await up(vne, place=place)
-    try:
-        yield started
-    finally:
-        with trio.CancelScope(shield=True):
-            if vne.name in runtime.names():
-                await down(vne.name, place=place)
 
 
 def console_path(vne: str, vm: str, *, place: Place | None = None) -> str:

@@ -28,6 +28,8 @@ from qsnap.host.netns_helper import READY, open_here, turn_off_ipv6
 T = TypeVar("T")
 Opener = Callable[[str], int]  #: takes a name of `netns_helper`, returns a descriptor
 
+OWN = "/proc/self/ns/net"  #: the path of the namespace that this process was started in
+
 NEEDED_CAPABILITIES = (12, 21)  #: CAP_NET_ADMIN, CAP_SYS_ADMIN (linux/capability.h)
 
 # What may forbid an ordinary user a user namespace: the value that does, and one that does not.
@@ -100,17 +102,24 @@ async def run_in_netns(name: str, call: Callable[[], T]) -> T:
     """
 
     def inside() -> T:
-        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            netns.setns(netns_path(name), flags=0)
-            try:
-                return call()
-            finally:
-                netns.setns(home, flags=0)
-        finally:
-            os.close(home)
+        with entered(name):
+            return call()
 
     return await trio.to_thread.run_sync(inside)
+
+
+@contextmanager
+def entered(name: str) -> Iterator[int]:
+    """Have this thread in another namespace. Yields a descriptor of the one it came from. Needs privileges."""
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        netns.setns(netns_path(name), flags=0)
+        try:
+            yield home
+        finally:
+            netns.setns(home, flags=0)
+    finally:
+        os.close(home)
 
 
 async def run_with_opener(name: str, call: Callable[[Opener], T]) -> T:

@@ -34,12 +34,23 @@ def default_store_dir() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local/share")) / "qsnap"
 
 
+def default_identity() -> Path:
+    """`/etc/qsnap/identity.pem` for root, else below the user's configuration directory."""
+    if os.geteuid() == 0:
+        return Path("/etc/qsnap/identity.pem")
+    return Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config")) / "qsnap/identity.pem"
+
+
 @frozen
 class Place:
-    """The directory of running VNEs and the directory of snapshots. A running VNE keeps the store it came up with."""
+    """The directory of running VNEs and the directory of snapshots. A running VNE keeps the store it came up with.
+
+    `identity` is the file by which other hosts know this one.
+    """
 
     run: Path = field(factory=default_run_dir, converter=Path)
     store: Path = field(factory=default_store_dir, converter=Path)
+    identity: Path = field(factory=default_identity, converter=Path)
 
     def runtime(self) -> Runtime:
         """What runs here."""

@@ -17,11 +17,11 @@ from pathlib import Path
 import trio
 from attrs import evolve, frozen
 
-from qsnap.errors import BusyError, IntegrityError, QsnapError, StateError
+from qsnap.errors import BusyError, InDoubtError, IntegrityError, QsnapError, StateError
 from qsnap.host.bridges import open_links
 from qsnap.host.capture import abandon
 from qsnap.host.disks import DiskCut, read_disks
-from qsnap.host.journal import Interrupted, Journal, Kind, Member, Operation
+from qsnap.host.journal import ABORTED, Interrupted, Journal, Kind, Member, Operation
 from qsnap.host.owner import put_back
 from qsnap.host.place import Place
 from qsnap.host.qemu import end_process, find_processes, has_ended
@@ -32,6 +32,7 @@ from qsnap.host.starting import layers_directory
 from qsnap.host.store import Store
 from qsnap.host.takedown import take_down
 from qsnap.host.tasks import one_error, run_all, run_each
+from qsnap.model import VNE, Outcome
 from qsnap.rules.colouring import plan_direction, plan_moves
 from qsnap.rules.engine import must_read_to_end
 from qsnap.rules.manifest import snapshot_dir
@@ -76,7 +77,7 @@ async def _locked(runtime: Runtime, vne: str) -> AsyncIterator[None]:
                 break
             except BusyError:
                 found = runtime.journal(vne).read()
-                if found is None or found.step != PUT_RIGHT or trio.current_time() > patience:
+                if found is None or PUT_RIGHT not in found.steps[-1:] or trio.current_time() > patience:
                     raise
             await trio.sleep(POLL_S)
         yield
@@ -96,10 +97,14 @@ async def put_right(vne: str, runtime: Runtime) -> None:
     if found is None:
         journal.end()
         return
+    if found.in_doubt:
+        await _refuse_doubt(vne, runtime, found.operation)
     journal.note(PUT_RIGHT)
     match found.operation.kind:
         case Kind.SNAPSHOT:
             await put_snapshot_right(vne, runtime, found)
+        case Kind.UP | Kind.RESTORE if has_started(vne, runtime, found.operation.id):
+            await let_run(runtime.load(vne), runtime)
         case Kind.UP | Kind.RESTORE | Kind.DOWN | Kind.ATTACH | Kind.DETACH:
             await take_down(vne, runtime)
         case Kind.REMOVE:
@@ -108,6 +113,58 @@ async def put_right(vne: str, runtime: Runtime) -> None:
         case Kind.CONVERT:
             await _prune(vne, found.operation)
     journal.end()
+
+
+async def _refuse_doubt(vne: str, runtime: Runtime, operation: Operation) -> None:
+    """Raise InDoubtError for an operation whose outcome another host knows, unless it is known here by now."""
+    if operation.kind is not Kind.SNAPSHOT:
+        known = has_started(vne, runtime, operation.id)
+    else:
+        known = (vne, operation.snapshot) in await Store(Path(runtime.load(vne).store)).names(vne)
+    if not known:
+        raise InDoubtError(
+            f"host {operation.decider} knows whether its {operation.kind.value} was committed, and has not said yet",
+            where=f"VNE {vne}",
+            advice=f"It is asked again and again. Is its agent running? See `qsnap hosts {vne}`.",
+        )
+
+
+async def settle(vne: str, runtime: Runtime, outcome: Outcome | None) -> None:
+    """Bring to its end what a host was in doubt of: `outcome` is what was decided, None if that is to undo it."""
+    async with open_loop(), _locked(runtime, vne):
+        journal = runtime.journal(vne)
+        found = journal.read()
+        if found is None or not found.in_doubt:
+            return
+        if outcome is None:
+            journal.note(ABORTED)
+        elif found.operation.kind is Kind.SNAPSHOT:
+            store = Store(Path(runtime.load(vne).store))
+            await store.commit(outcome.applied(await store.held(vne, found.operation.snapshot)))
+        else:
+            runtime.save(evolve(runtime.load(vne), started=found.operation.id))
+        await put_right(vne, runtime)
+
+
+def refuse_part(vne: VNE, operation: str) -> None:
+    """Raise StateError where something of all hosts of a VNE is about to be done on one of them alone."""
+    if vne.here and not operation:
+        hosts = ", ".join(host.name for host in vne.hosts)
+        advice = "Name its description, which tells the hosts: LAB.toml in place of the VNE's name."
+        raise StateError(f"this host has a part of it only; it is on {hosts}", where=f"VNE {vne.name}", advice=advice)
+
+
+def has_started(vne: str, runtime: Runtime, operation: str) -> bool:
+    """Whether it was decided that the VNE runs, by this operation on several hosts."""
+    return bool(operation) and vne in runtime.names() and runtime.load(vne).started == operation
+
+
+async def let_run(live: LiveVNE, runtime: Runtime) -> None:
+    """Let those VMs run that wait for it, at the same moment as far as one host can."""
+    async with AsyncExitStack() as stack:
+        sessions = [await open_session(stack, runtime, live.vne.name, vm) for vm in live.waiting]
+        await run_all([partial(qmp.execute, "cont") for qmp in sessions])
+    runtime.save(evolve(live, waiting=()))
 
 
 Reader = Callable[[], Awaitable[None]]
@@ -244,7 +301,7 @@ async def recover(vne: str | None = None, *, place: Place | None = None) -> tupl
     names = [name for name in runtime.interrupted() if vne in (None, name)]
     done = []
     for name in names:
-        with suppress(BusyError):
+        with suppress(BusyError, InDoubtError):
             async with exclusive(runtime, name):
                 done.append(name)
     return tuple(done)
@@ -261,6 +318,8 @@ async def finish_snapshot(live: LiveVNE, found: Interrupted, runtime: Runtime) -
     vms = [evolve(vm, disks=disks[vm.vm.name]) for vm in live.vms if vm.vm.name in disks]
     after = evolve(with_vms(live, vms), active=found.operation.active or live.active)
     runtime.save(after)
+    if found.operation.decider:  # what was held for the commit
+        await Store(Path(live.store)).prune(live.vne.name, found.operation.snapshot)
     if not set(live.layers_in_use()) <= set(after.layers_in_use()):
         await _collect(live.vne.name, live.store, after.layers_in_use())
 

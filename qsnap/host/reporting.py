@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import trio
 from attrs import frozen
 
 from qsnap.errors import HostError, StateError
-from qsnap.host.catalogue import show, snapshots
-from qsnap.host.place import Place
 from qsnap.model import Snapshot
 
 
@@ -24,24 +22,10 @@ class Report:
     png: str
 
 
-async def report(
-    vne: str,
-    names: Iterable[str] = (),
-    *,
-    page: str | os.PathLike[str] = "report.html",
-    png: str | os.PathLike[str] = "",
-    place: Place | None = None,
+async def write_report(
+    vne: str, found: Sequence[Snapshot], page: str | os.PathLike[str], png: str | os.PathLike[str]
 ) -> Report:
-    """Draw these snapshots of a VNE, or all of them: a timeline each, and how they compare.
-
-    `page` becomes a self-contained HTML file, `png` (optional) the same drawings as a picture; files that are there are
-    replaced. Needs the extra `qsnap[report]`.
-
-    Raises:
-        StateError: there is no such snapshot.
-        HostError: the extra is missing, or a file cannot be written.
-    """
-    found = [await show(vne, name, place=place) for name in dict.fromkeys(names)] or await snapshots(vne, place=place)
+    """Draw snapshots of a VNE into these files, of which `png` may be empty."""
     if not found:
         raise StateError(f"{vne} has no snapshots", advice="See `qsnap ls`.")
     ordered = tuple(sorted(found, key=lambda each: each.created_s))

@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
-from attrs import define, evolve, field, frozen
+from attrs import define, evolve, field
 
 from qsnap.errors import HostError, IntegrityError, QemuError, StateError
 from qsnap.host import hugepages
 from qsnap.host.bridges import check_networking
-from qsnap.host.journal import Kind, Operation
+from qsnap.host.journal import VOTED, Journal, Kind, Operation
 from qsnap.host.lifecycle import choose_rams
-from qsnap.host.place import Place, Progress, no_progress
+from qsnap.host.place import Place, Progress
 from qsnap.host.qemu import has_ended, kvm_works, last_words, program_version
 from qsnap.host.qmp import Qmp
-from qsnap.host.recovery import exclusive
+from qsnap.host.recovery import exclusive, refuse_part
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import DiskBase, Start, build_networks, describe, layers_directory, open_started, start_process
 from qsnap.host.store import Store
 from qsnap.host.takedown import take_down
 from qsnap.host.tasks import run_all
-from qsnap.model import Accelerator, Backing, Colour, DiskImage, RamMode, Snapshot, StoredFile, VMSnapshot, version_text
+from qsnap.host.tunnels import check_tunnels
+from qsnap.model import (
+    VNE,
+    Accelerator,
+    Backing,
+    Colour,
+    DiskImage,
+    RamMode,
+    RestoreOrder,
+    RestoreReport,
+    Snapshot,
+    StoredFile,
+    VMSnapshot,
+    version_text,
+)
 from qsnap.rules.command import FilledRam, MappedRam, MemfdRam, MemoryBackend, Ram, plan_ram
 from qsnap.rules.engine import Version, precopy_is_safe
 
@@ -37,52 +51,23 @@ STANDSTILL_S = 120.0  #: QEMU may take its time for a long stream, but not for a
 PIECE_BYTES = 1 << 20
 
 
-@frozen
-class RestoreReport:
-    """What a restore did.
+@asynccontextmanager
+async def open_restoring(order: RestoreOrder, place: Place, progress: Progress) -> AsyncIterator[Restoring]:
+    """The start of what this host has of a VNE, as it was when a snapshot was taken.
 
-    Attributes:
-        ready_ms: from the call to the moment all VMs ran.
-        ram: how each VM got its RAM.
-        running_ms: for each VM, from the start of its QEMU to its RESUME; none of those that stay paused.
+    Raises StateError while the VNE runs, and where a recorded stream is to be mapped; IntegrityError naming the first
+    altered file. A block that is left without a commit leaves nothing, unless this host has voted and another decides.
     """
-
-    snapshot: Snapshot
-    ready_ms: float
-    ram: dict[str, str]
-    running_ms: dict[str, float]
-
-
-async def restore(
-    vne: str,
-    name: str,
-    *,
-    ram: RamMode = RamMode.AUTO,
-    qemu: str | None = None,
-    paused: bool = False,
-    place: Place | None = None,
-    progress: Progress = no_progress,
-) -> RestoreReport:
-    """Start the VNE again as it was when `name` was saved. `qemu` replaces the program the snapshot names.
-
-    With `paused` the VMs are loaded and not let run. Raises StateError while the VNE runs, and where a recorded
-    stream is to be mapped; IntegrityError naming the first altered file. Whatever fails, nothing stays behind.
-    """
-    started_s = trio.current_time()
     check_networking()
-    place = place or Place()
     runtime = place.runtime()
-    async with exclusive(runtime, vne) as journal:
+    async with exclusive(runtime, order.vne) as journal:
         store = place.snapshots()
-        _check_mode(ram, await store.load(vne, name))  # refused before anything is cleared away, as an unknown name is
-        await _refuse_running(vne, runtime)
-        journal.begin(Operation(Kind.RESTORE, name))
-        await take_down(vne, runtime)  # what is left of a VNE that died
-        saved = await store.check_quick(vne, name)
-        _check_bases(saved)
-        restoring = _Restoring(saved, store, runtime, ram, qemu, progress)
-        await restoring.run(paused)
-    return RestoreReport(saved, (trio.current_time() - started_s) * 1e3, restoring.how, restoring.running_ms)
+        saved = await store.load(order.vne, order.name)
+        refuse_part(saved.vne, order.id)
+        _check_mode(order.ram, saved)  # refused before anything is cleared away, as an unknown name is
+        await refuse_running(order.vne, runtime)
+        async with AsyncExitStack() as sessions:
+            yield Restoring(order, store, runtime, journal, progress, sessions)
 
 
 def _check_mode(mode: RamMode, saved: Snapshot) -> None:
@@ -94,7 +79,7 @@ def _check_mode(mode: RamMode, saved: Snapshot) -> None:
         )
 
 
-async def _refuse_running(vne: str, runtime: Runtime) -> None:
+async def refuse_running(vne: str, runtime: Runtime) -> None:
     """Raise StateError if any VM of the VNE lives."""
     if vne not in runtime.names():
         return
@@ -102,15 +87,20 @@ async def _refuse_running(vne: str, runtime: Runtime) -> None:
     ended = await run_all([partial(has_ended, vm.process) for vm in live.vms])
     alive = [vm.vm.name for vm, gone in zip(live.vms, ended, strict=True) if not gone]
     if alive:
-        advice = f"Take it down first: qsnap down {vne}"
-        if live.vne.attached:
-            advice = f"End its VMs, or let go of them: qsnap detach {vne}"
-        raise StateError(f"VNE {vne} is running ({', '.join(alive)})", advice=advice)
+        raise running_error(live.vne, alive)
 
 
-def _check_bases(saved: Snapshot) -> None:
+def running_error(vne: VNE, alive: Iterable[str]) -> StateError:
+    """What is wrong where VMs live that are to be restored."""
+    advice = f"Take it down first: qsnap down {vne.name}"
+    if vne.attached:
+        advice = f"End its VMs, or let go of them: qsnap detach {vne.name}"
+    return StateError(f"VNE {vne.name} is running ({', '.join(alive)})", advice=advice)
+
+
+def check_bases(vms: Iterable[VMSnapshot]) -> None:
     """Raise IntegrityError if a base image is not the file that the layers were made on."""
-    for vm in saved.vms:
+    for vm in vms:
         for base in (disk.base for disk in vm.disks if disk.base):
             try:
                 now = os.stat(base.file)
@@ -125,36 +115,61 @@ def _check_bases(saved: Snapshot) -> None:
 
 
 @define
-class _Restoring:
-    """A restore under way. `how` and `running_ms` are as in the report."""
+class Restoring:
+    """A restore under way: `prepare`, `commit`; `how` and `running_ms` as in the report. Made by `open_restoring`."""
 
-    saved: Snapshot
+    order: RestoreOrder
     store: Store
     runtime: Runtime
-    mode: RamMode
-    qemu: str | None
+    journal: Journal
     progress: Progress
+    sessions: AsyncExitStack
+    begun_s: float = field(factory=trio.current_time)
+    saved: Snapshot = field(init=False)
     version: Version | None = None  # of the program that replaces the saved one
     how: dict[str, str] = field(factory=dict)
     rams: dict[str, Ram] = field(factory=dict)  # of the VMs whose stream holds it all
+    loaded: dict[str, tuple[LiveVM, Qmp]] = field(factory=dict)
     running_ms: dict[str, float] = field(factory=dict)
-    sessions: AsyncExitStack = field(factory=AsyncExitStack)
 
-    async def run(self, paused: bool) -> None:
-        vne = self.saved.vne
-        live = LiveVNE(vne, str(self.store.root), self.runtime.netns(vne.name), Colour.RED, ())
-        self.runtime.save(live)
+    async def prepare(self) -> None:
+        """Have all VMs loaded, and paused."""
+        order, runtime = self.order, self.runtime
+        self.journal.begin(Operation(Kind.RESTORE, order.name, id=order.id, decider=order.decider))
+        await take_down(order.vne, runtime)  # what is left of a VNE that died
+        saved = await self.store.check_quick(order.vne, order.name)
+        self.saved = restricted(saved, order.part) if order.part else saved
+        check_bases(self.saved.vms)
+        await check_tunnels(self.saved.vne)
+        live = LiveVNE(self.saved.vne, str(self.store.root), runtime.netns(order.vne), Colour.RED, ())
+        runtime.save(live)
         await self._check_accelerators()
-        if self.qemu:
-            self.version = await program_version(self.qemu)
+        if order.qemu:
+            self.version = await program_version(order.qemu)
         self.rams = _empty_rams(self.saved)
-        async with build_networks(live) as live, self.sessions:
+        async with build_networks(live) as live:
             calls = [partial(self._load, live, index, vm) for index, vm in enumerate(self.saved.vms)]
             loaded = await run_all(calls)
-            self.runtime.save(evolve(live, vms=tuple(vm for vm, _ in loaded)))
-            if not paused:
-                running = [pair for pair, vm in zip(loaded, self.saved.vms, strict=True) if vm.was_running]
-                await run_all([partial(self._run_on, vm, qmp) for vm, qmp in running])
+        self.loaded = {vm.vm.name: (vm, qmp) for vm, qmp in loaded}
+        waiting = () if order.paused else tuple(vm.vm.name for vm in self.saved.vms if vm.was_running)
+        runtime.save(evolve(live, vms=tuple(vm for vm, _ in loaded), waiting=waiting))
+        if order.decider:
+            self.journal.note(VOTED)
+
+    async def commit(self) -> RestoreReport:
+        """Let those run that ran, and tell of it; `ready_ms` counts from `begun_s`."""
+        live = evolve(self.runtime.load(self.order.vne), started=self.order.id)
+        if self.order.id:
+            self.runtime.save(live)
+        await run_all([partial(self._run_on, *self.loaded[vm]) for vm in live.waiting])
+        ready_ms = (trio.current_time() - self.begun_s) * 1e3
+        self.runtime.save(evolve(live, waiting=()))
+        return RestoreReport(self.saved, ready_ms, self.how, self.running_ms)
+
+    async def undo(self) -> None:
+        """Take all of it away."""
+        await take_down(self.order.vne, self.runtime)
+        self.journal.end()
 
     async def _run_on(self, vm: LiveVM, qmp: Qmp) -> None:
         await run_on(qmp)
@@ -163,7 +178,7 @@ class _Restoring:
 
     async def _check_accelerators(self) -> None:
         for vm in self.saved.vms:
-            qemu = self.qemu or vm.vm.qemu
+            qemu = self.order.qemu or vm.vm.qemu
             if vm.accelerator is Accelerator.KVM and not await kvm_works(qemu):
                 raise HostError(
                     "it was saved under KVM, which does not run guests here",
@@ -173,7 +188,7 @@ class _Restoring:
 
     async def _load(self, live: LiveVNE, index: int, saved: VMSnapshot) -> tuple[LiveVM, Qmp]:
         self.progress("load", saved.vm.name, 0, 1)
-        vm = evolve(saved.vm, qemu=self.qemu or saved.vm.qemu)
+        vm = evolve(saved.vm, qemu=self.order.qemu or saved.vm.qemu)
         with ExitStack() as fds:
             ram = await self._provide_ram(saved, fds)
             disks = tuple(self._base(disk) for disk in saved.disks)
@@ -183,7 +198,7 @@ class _Restoring:
         # (serial_post_load, hw/char/serial.c), so there is one until the guest runs
         console = self.runtime.console_path(live.vne.name, vm.name)
         await self.sessions.enter_async_context(await trio.open_unix_socket(console))
-        qmp = await open_started(self.sessions, self.runtime, live.vne.name, vm.name)
+        qmp = await open_started(self.sessions, self.runtime, live.vne.name, process, vm.name)
         loading = partial(feed, qmp, self._stored(saved.device_stream), partial(self.progress, "load", vm.name))
         calls: list[Callable[[], Awaitable[Any]]] = [
             loading,
@@ -211,7 +226,7 @@ class _Restoring:
             return self._provide_empty_ram(saved)
         directory = self._stored(saved.device_stream).parent
         by_precopy = precopy_is_safe(self.version or saved.qemu_version, saved.accelerator, len(saved.ram))
-        eager, why = choose_ram(self.mode, directory, by_precopy=by_precopy)
+        eager, why = choose_ram(self.order.ram, directory, by_precopy=by_precopy)
         self.how[saved.vm.name] = why
         provided = []
         for block in saved.ram:
@@ -225,6 +240,13 @@ class _Restoring:
         huge = isinstance(ram, MemfdRam) and ram.hugetlb
         self.how[saved.vm.name] = f"the whole stream replayed{' into huge pages' if huge else ''}"
         return plan_ram(saved.vm, ram)
+
+
+def restricted(saved: Snapshot, part: VNE) -> Snapshot:
+    """What a snapshot has of these VMs, to be started as this part of a VNE."""
+    names = {vm.name for vm in part.vms}
+    vms = tuple(evolve(vm, vm=evolve(vm.vm, host=part.here)) for vm in saved.vms if vm.vm.name in names)
+    return evolve(saved, vne=evolve(part, vms=tuple(vm.vm for vm in vms)), vms=vms)  # the part may name attached ones
 
 
 def _empty_rams(saved: Snapshot) -> dict[str, Ram]:
@@ -344,9 +366,8 @@ def fill_memory(memory: mmap.mmap, path: Path) -> None:
             file.readinto(memoryview(memory)[start:end])  # huge pages take no write(2)
 
 
-def data_extents(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the parts of a sparse file that are not holes."""
-    end = 0
+def data_extents(fd: int, size_bytes: int, end: int = 0) -> Iterator[tuple[int, int]]:
+    """(start, end) of the parts of a sparse file, from `end` on, that are not holes."""
     with suppress(OSError):  # ENXIO: no data up to the end
         while end < size_bytes:
             start = os.lseek(fd, end, os.SEEK_DATA)

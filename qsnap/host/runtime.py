@@ -51,7 +51,8 @@ class LiveVNE:
     """A VNE that was brought up, or attached to.
 
     `netns` is the name of its namespace, or the path by which one without a name was known when it was made.
-    `barrier_only` is why colours cannot be kept on the bridges of somebody else's, if so.
+    `barrier_only` is why colours cannot be kept on the bridges of somebody else's, if so. `started` is the operation on
+    several hosts that has let it run; `waiting` are the VMs that are yet to be let run by one.
     """
 
     vne: VNE
@@ -60,6 +61,8 @@ class LiveVNE:
     active: Colour
     vms: tuple[LiveVM, ...]
     barrier_only: str = ""
+    started: str = ""
+    waiting: tuple[str, ...] = ()
 
     def way_in(self) -> str:
         """The name or path of the namespace now: without a name, that of a VM that lives, or nothing if none does."""

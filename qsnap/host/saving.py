@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -29,9 +29,9 @@ from qsnap.host.capture import (
 )
 from qsnap.host.daemon import open_daemon
 from qsnap.host.disks import DiskCut, DiskPlan, image_of, plan_disks, tidy_disks
-from qsnap.host.journal import Journal, Kind, Member, Operation
+from qsnap.host.journal import ABORTED, VOTED, Journal, Kind, Member, Operation
 from qsnap.host.owner import put_back, set_aside
-from qsnap.host.place import Place, Progress, no_progress
+from qsnap.host.place import Progress
 from qsnap.host.qmp import Qmp
 from qsnap.host.recovery import (
     Reader,
@@ -40,13 +40,26 @@ from qsnap.host.recovery import (
     open_session,
     put_snapshot_right,
     recovery_command,
+    refuse_part,
 )
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import find_qemu_img, layers_directory
 from qsnap.host.store import Store
 from qsnap.host.store.files import explained
 from qsnap.host.tasks import one_error, run_all, undisturbed
-from qsnap.model import Colour, Cut, DiskEngine, Engine, RamBlockFile, Snapshot, StoredFile, VMSnapshot, vm_as_own
+from qsnap.model import (
+    Colour,
+    Cut,
+    DiskEngine,
+    Engine,
+    Outcome,
+    RamBlockFile,
+    Snapshot,
+    SnapshotOrder,
+    StoredFile,
+    VMSnapshot,
+    vm_as_own,
+)
 from qsnap.rules.colouring import Move, plan_direction, plan_moves, plan_return
 from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine, keeps_paused, must_read_to_end
 from qsnap.rules.manifest import files_in
@@ -54,38 +67,6 @@ from qsnap.rules.manifest import files_in
 DEVICE_RAM_BYTES = 2 << 30  #: allowed for in a stream beside the guest's memory: video RAM, ROMs, tables
 ENDED = ("guest-panicked", "shutdown", "internal-error")  #: run states of a VM whose guest cannot go on
 RECORD_LIMIT = 4  #: times the guest's memory, beside the above, is what a recorded stream may grow to
-
-
-async def snapshot(
-    vne: str,
-    name: str | None = None,
-    *,
-    engine: Engine = Engine.AUTO,
-    cut: Cut = Cut.COLOUR,
-    disks: DiskEngine = DiskEngine.AUTO,
-    place: Place | None = None,
-    progress: Progress = no_progress,
-) -> Snapshot:
-    """Save a running VNE under `name` (default: the date and time), and return what was saved and what it cost.
-
-    The VMs run on. Raises BusyError while another operation is at work on the VNE; EngineRefusedError, and StateError
-    for a VM that is dead, has panicked or is shut down, before anything is paused. On any failure it leaves the VMs
-    running and nothing behind.
-    """
-    runtime = (place or Place()).runtime()
-    name = name or time.strftime("%Y%m%d-%H%M%S")
-    async with exclusive(runtime, vne) as journal:
-        live = runtime.load(vne)
-        for vm in live.vms:
-            if not vm.process.is_alive():
-                raise StateError(f"its VM {vm.vm.name} is dead", where=f"VNE {vne}", advice="See `qsnap ps`.")
-        if cut is Cut.COLOUR and live.barrier_only:
-            raise StateError(
-                f"colours cannot be kept on its networks: {live.barrier_only}",
-                where=f"VNE {vne}",
-                advice="Take the other cut: --cut barrier",
-            )
-        return await _Saving(live, name, engine, cut, disks, runtime, progress, journal).run()
 
 
 @define
@@ -99,65 +80,146 @@ class Saved:
     capture: Capture
 
 
+@asynccontextmanager
+async def open_saving(order: SnapshotOrder, runtime: Runtime, progress: Progress) -> AsyncIterator[Saving]:
+    """A snapshot of what this host has of a running VNE, phase by phase.
+
+    Raises BusyError while another operation is at work on it; EngineRefusedError, and StateError for a VM that is dead,
+    has panicked or is shut down, before anything is paused. A block that is left without a commit leaves the VMs
+    running and nothing behind, unless this host has voted and another one decides.
+    """
+    vne = order.vne
+    async with exclusive(runtime, vne) as journal:
+        live = runtime.load(vne)
+        refuse_part(live.vne, order.id)
+        for vm in live.vms:
+            if not vm.process.is_alive():
+                raise StateError(f"its VM {vm.vm.name} is dead", where=f"VNE {vne}", advice="See `qsnap ps`.")
+        if order.cut is Cut.COLOUR and live.barrier_only:
+            raise StateError(
+                f"colours cannot be kept on its networks: {live.barrier_only}",
+                where=f"VNE {vne}",
+                advice="Take the other cut: --cut barrier",
+            )
+        store = Store(Path(live.store))
+        await store.refuse_committed(vne, order.name)
+        async with (
+            trio.open_nursery() as nursery,
+            open_links(live.way_in()) as links,
+            AsyncExitStack() as sessions,
+        ):
+            saving = Saving(live, order, runtime, progress, journal, store, sessions, nursery, links)
+            try:
+                yield saving
+            except BaseException:
+                if saving.begun and not saving.in_doubt:
+                    with trio.CancelScope(shield=True), suppress(QsnapError):  # what is left is for `exclusive` to undo
+                        await saving.undo()
+                raise
+
+
 @define
-class _Saving:
-    """A snapshot under way. What changes a VM is in the journal before it is done, for whoever has to undo it."""
+class Saving:
+    """A snapshot under way: `prepare`; `cut`, or `stop` and `resume`; `collect`; `commit`. Made by `open_saving`.
+
+    What changes a VM is in the journal before it is done, for whoever has to undo it.
+    """
 
     live: LiveVNE
-    name: str
-    wish: Engine
-    cut: Cut
-    disk_wish: DiskEngine
+    order: SnapshotOrder
     runtime: Runtime
     progress: Progress
     journal: Journal
-    store: Store = field(init=False)
-    sessions: AsyncExitStack = field(factory=AsyncExitStack)
+    store: Store
+    sessions: AsyncExitStack
+    nursery: trio.Nursery
+    links: Links
+    begun: bool = False
+    in_doubt: bool = False  #: all is done, and another host decides
+    members: list[Saved] = field(factory=list)
     qmps: dict[str, Qmp] = field(factory=dict)
     readers: dict[str, Reader] = field(factory=dict)
-    nursery: trio.Nursery = field(init=False)
-    links: Links = field(init=False)
+    watch: trio.CancelScope = field(factory=trio.CancelScope)
     directory: Path = field(init=False)
+    vms: tuple[VMSnapshot, ...] = ()
 
-    async def run(self) -> Snapshot:
-        vne = self.live.vne.name
-        self.store = Store(Path(self.live.store))
-        await self.store.refuse_committed(vne, self.name)
+    async def prepare(self) -> None:
+        """Everything slow that can be done while the VMs run, with nothing of them changed."""
+        vne, order = self.live.vne.name, self.order
         active = self.live.active if self.live.vne.attached else self.live.active.other
-        self.journal.begin(Operation(Kind.SNAPSHOT, self.name, active=active))
-        self.directory = await self.store.begin(vne, self.name)
-        async with (
-            trio.open_nursery() as self.nursery,
-            open_links(self.live.way_in()) as self.links,
-            self.sessions,
-        ):
-            try:
-                return await self._save()
-            except BaseException:
-                with trio.CancelScope(shield=True), suppress(QsnapError):  # what is left is for `exclusive` to undo
-                    await self._undo()
-                raise
+        operation = Operation(Kind.SNAPSHOT, order.name, active=active, id=order.id, decider=order.decider)
+        self.begun = True
+        self.journal.begin(operation)
+        self.directory = await self.store.begin(vne, order.name)
+        await self.links.apply(plan_direction(self.live.vne, self.live.active))
+        self.members = await run_all([partial(self._prepare, vm) for vm in self.live.vms])
+        self.nursery.start_soon(self._watch)
 
-    async def _undo(self) -> None:
-        """Put things right while the sessions are open: the VMs run at once, and no stream breaks."""
+    async def cut(self) -> None:
+        """The cut of VMs that wait for no other: each resumes as soon as it can."""
+        await self._settle_disks()
+        with undisturbed():
+            await run_all([partial(self._stop_and_resume, member) for member in self.members])
+
+    async def stop(self) -> None:
+        """The first half of a barrier: every VM is stopped when this returns."""
+        await self._settle_disks()
+        with undisturbed():
+            await run_all([partial(self._stop, member) for member in self.members])
+
+    async def resume(self) -> None:
+        """The second half of a barrier."""
+        with undisturbed():
+            await run_all([member.capture.resume for member in self.members])
+
+    async def collect(self) -> tuple[VMSnapshot, ...]:
+        """Wait for the rest of the VMs' states, and make all of it durable. It has voted when this returns."""
+        if self.live.vne.attached:
+            await self.links.apply(plan_return(self.live.vne))
+        known = await self._known_files()
+        vms = await run_all([partial(self._record, member, known) for member in self.members])
+        self.watch.cancel()
+        self.vms = tuple(shifted(vm, self.order.clock_offset_s) for vm in vms)
+        if self.order.decider:
+            await self.store.hold(self._snapshot(Outcome(time.time())))
+            self.in_doubt = True
+            self.journal.note(VOTED)
+        return self.vms
+
+    async def commit(self, outcome: Outcome) -> Snapshot:
+        """Make it a snapshot. From its manifest on it is one, whatever happens."""
+        saved = self._snapshot(outcome)
+        if not self.order.decider:
+            self.journal.note("commit")
+        await self.store.commit(saved)
         found = self.journal.read()
         assert found is not None
-        await put_snapshot_right(self.live.vne.name, self.runtime, found, self.qmps, self.readers)
-        self.journal.end()
+        await finish_snapshot(self.live, found, self.runtime)
+        return saved
 
-    async def _save(self) -> Snapshot:
-        await self.links.apply(plan_direction(self.live.vne, self.live.active))
-        members = await run_all([partial(self._prepare, vm) for vm in self.live.vms])
-        with one_error():
-            async with trio.open_nursery() as watch:
-                for qmp in self.qmps.values():
-                    watch.start_soon(raise_if_it_ends, qmp)
-                await self._make_cut(members)
-                if self.live.vne.attached:
-                    await self.links.apply(plan_return(self.live.vne))
-                vms = await self._complete_all(members)
-                watch.cancel_scope.cancel()
-        return await self._commit(vms)
+    async def undo(self) -> None:
+        """Put things right while the sessions are open: the VMs run at once, and no stream breaks."""
+        self.watch.cancel()
+        if self.in_doubt:
+            self.journal.note(ABORTED)
+            self.in_doubt = False
+        found = self.journal.read()
+        if found is not None:
+            await put_snapshot_right(self.live.vne.name, self.runtime, found, self.qmps, self.readers)
+            self.journal.end()
+
+    def _snapshot(self, outcome: Outcome) -> Snapshot:
+        name = self.order.name
+        vne = evolve(self.live.vne.as_own(), hosts=())  # who restores it says where, and has them all
+        part = Snapshot(name, vne, self.order.cut, outcome.created_s, self.vms, operation=self.order.id)
+        return outcome.applied(part)
+
+    async def _watch(self) -> None:
+        with self.watch:
+            await run_all([partial(raise_if_it_ends, qmp) for qmp in self.qmps.values()])
+
+    async def _settle_disks(self) -> None:
+        await run_all([member.disks.settle for member in self.members])
 
     def _moves(self, vm: LiveVM, colour: Colour) -> list[Move]:
         return plan_moves(self.live.vne, vm.vm.name, colour)
@@ -172,10 +234,12 @@ class _Saving:
             await set_aside(qmp, vm.settings)
             self.sessions.push_async_callback(put_back, qmp, vm.settings)
         facts = evolve(
-            await gather_facts(qmp, vm, waits=self.cut is Cut.BARRIER and len(self.live.vms) > 1),
+            await gather_facts(
+                qmp, vm, waits=self.order.cut is Cut.BARRIER and (len(self.live.vms) > 1 or bool(self.order.id))
+            ),
             copies_disks=bool(plan.of(DiskEngine.COPY)),
         )
-        decision = choose_engine(self.wish, facts)
+        decision = choose_engine(self.order.engine, facts)
         self.progress("prepare", vm.vm.name, 0, 0)
         disks = DiskCut(qmp, plan)
         await disks.prepare()
@@ -186,7 +250,7 @@ class _Saving:
         directory, devices = await layers_directory(self.live), [disk.device for disk in vm.disks]
         disks = await tidy_disks(qmp, devices, directory, partial(self.progress, "merge", vm.vm.name))
         return await plan_disks(
-            self.disk_wish,
+            self.order.disks,
             vm.vm.name,
             disks,
             directory=directory,
@@ -221,7 +285,7 @@ class _Saving:
         if engine is Engine.RECORD:
             capture = Record(qmp, daemon, disks, facts.running, move_taps, force=True)
         elif engine is Engine.PRECOPY:
-            force = self.wish is Engine.PRECOPY or bool(facts.background_refusal)
+            force = self.order.engine is Engine.PRECOPY or bool(facts.background_refusal)
             capture = Precopy(qmp, daemon, disks, facts.running, move_taps, force=force)
         else:
             capture = Background(
@@ -234,15 +298,6 @@ class _Saving:
             )
         await capture.prepare(stream_fd)
         return capture
-
-    async def _make_cut(self, members: list[Saved]) -> None:
-        await run_all([member.disks.settle for member in members])
-        with undisturbed():
-            if self.cut is Cut.BARRIER:
-                await run_all([partial(self._stop, member) for member in members])
-                await run_all([member.capture.resume for member in members])
-            else:
-                await run_all([partial(self._stop_and_resume, member) for member in members])
 
     async def _stop_and_resume(self, member: Saved) -> None:
         await self._stop(member)
@@ -260,27 +315,6 @@ class _Saving:
             )
             await member.capture.stop()
 
-    async def _complete_all(self, members: list[Saved]) -> list[VMSnapshot]:
-        known = await self._known_files()
-        return await run_all([partial(self._record, member, known) for member in members])
-
-    async def _commit(self, vms: list[VMSnapshot]) -> Snapshot:
-        stops = [vm.measurements.stop_instant_s for vm in vms if vm.was_running]
-        saved = Snapshot(
-            name=self.name,
-            vne=self.live.vne.as_own(),
-            cut=self.cut,
-            created_s=time.time(),
-            vms=tuple(vms),
-            discrepancy_ms=(max(stops) - min(stops)) * 1e3 if stops else 0.0,
-        )
-        self.journal.note("commit")
-        await self.store.commit(saved)  # from here on it is finished, whatever happens
-        found = self.journal.read()
-        assert found is not None
-        await finish_snapshot(self.live, found, self.runtime)
-        return saved
-
     async def _complete(self, member: Saved) -> Captured:
         """Wait for the rest of the state and for copies of disks; the first failure ends both."""
         with one_error():
@@ -291,7 +325,7 @@ class _Saving:
     async def _record(self, member: Saved, known: Mapping[str, StoredFile]) -> VMSnapshot:
         captured = await self._complete(member)
         vm, vne = member.live, self.live.vne.name
-        folder = f"snapshots/{self.name}/{vm.vm.name}"
+        folder = f"snapshots/{self.order.name}/{vm.vm.name}"
 
         async def seal(path: str) -> StoredFile:
             return known.get(path) or await self.store.seal_file(vne, path, count)
@@ -330,6 +364,17 @@ class _Saving:
             with suppress(IntegrityError):  # a damaged snapshot vouches for nothing, and stops no other
                 known |= {file.path: file for file in files_in(await self.store.load(vne, name))}
         return known
+
+
+def shifted(vm: VMSnapshot, offset_s: float) -> VMSnapshot:
+    """The same with its instants on another clock, which shows `offset_s` more."""
+    given = vm.measurements
+    instants = {
+        name: instant_s + offset_s
+        for name in ("start_instant_s", "stop_instant_s", "resume_instant_s")
+        if (instant_s := getattr(given, name))  # 0 is none
+    }
+    return evolve(vm, measurements=evolve(given, **instants))
 
 
 def record_limit(ram_bytes: int) -> int:

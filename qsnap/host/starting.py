@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import trio
 from attrs import evolve, frozen
 
 from qsnap.errors import QemuError
@@ -31,6 +32,8 @@ from qsnap.rules.command import (
     with_machine_type,
 )
 
+GREETING_S = 60.0
+POLL_S = 0.01
 _MACHINE_TYPE = re.compile(r"[A-Za-z0-9._-]+")  # it becomes a part of command lines
 
 
@@ -109,17 +112,22 @@ async def layers_directory(live: LiveVNE) -> str:
     return os.path.abspath(await Store(Path(live.store)).layers_directory(live.vne.name))
 
 
-async def open_started(stack: AsyncExitStack, runtime: Runtime, vne: str, vm: str) -> Qmp:
+async def open_started(stack: AsyncExitStack, runtime: Runtime, vne: str, process: Process, vm: str) -> Qmp:
     """The first QMP session with a QEMU, for as long as `stack` lasts.
 
-    Raises QemuError with QEMU's own words if it has ended: it makes its sockets before it looks at its other options.
+    Its socket is there a moment before QEMU listens on it, and on a busy host the greeting takes its time. Raises
+    QemuError with QEMU's own words if it has ended: it makes its sockets before it looks at its other options.
     """
-    try:
-        return await stack.enter_async_context(open_qmp(runtime.qmp_path(vne, vm), vm=vm))
-    except QemuGoneError as error:
-        log = runtime.vm_directory(vne, vm) / "qemu.log"
-        words = last_words(log) or error.message
-        raise QemuError(f"QEMU did not start: {words}", where=f"VM {vm}", advice=f"See {log}") from error
+    deadline_s = trio.current_time() + GREETING_S
+    while True:
+        try:
+            return await stack.enter_async_context(open_qmp(runtime.qmp_path(vne, vm), vm=vm, timeout_s=GREETING_S))
+        except QemuGoneError as error:
+            if not process.is_alive() or trio.current_time() > deadline_s:
+                log = runtime.vm_directory(vne, vm) / "qemu.log"
+                words = (last_words(log) if not process.is_alive() else "") or error.message
+                raise QemuError(f"QEMU did not start: {words}", where=f"VM {vm}", advice=f"See {log}") from error
+        await trio.sleep(POLL_S)
 
 
 async def describe(qmp: Qmp, start: Start, process: Process, directory: str) -> LiveVM:
@@ -140,9 +148,14 @@ async def describe(qmp: Qmp, start: Start, process: Process, directory: str) -> 
         machine_type=machine_type,
         accelerator=start.accelerator,
         qemu_version=(numbers["major"], numbers["minor"], numbers["micro"]),
-        hugetlb=all(block.ram == MemfdRam(hugetlb=True) for block in start.ram),
+        hugetlb=in_huge_pages(start.ram),
         disks=await read_disks(qmp, devices, directory),
     )
+
+
+def in_huge_pages(ram: Sequence[MemoryBackend]) -> bool:
+    """Whether all of it is."""
+    return all(block.ram == MemfdRam(hugetlb=True) for block in ram)
 
 
 def parse_machine_type(machine: object, vm: VM) -> str:

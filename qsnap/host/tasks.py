@@ -51,17 +51,26 @@ async def run_each(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Milliseconds count inside: no garbage is collected and, where that is allowed, no other program goes first."""
-    usual = os.sched_getscheduler(0), os.sched_getparam(0)
+def uncollected() -> Iterator[None]:
+    """No garbage is collected inside, but for what no cycle holds."""
     gc.disable()
-    with suppress(PermissionError):  # it takes CAP_SYS_NICE
-        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     try:
         yield
     finally:
-        os.sched_setscheduler(0, *usual)
         gc.enable()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Milliseconds count inside: no garbage is collected and, where that is allowed, no other program goes first."""
+    usual = os.sched_getscheduler(0), os.sched_getparam(0)
+    with uncollected():
+        with suppress(PermissionError):  # it takes CAP_SYS_NICE
+            os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+        try:
+            yield
+        finally:
+            os.sched_setscheduler(0, *usual)
 
 
 @contextmanager

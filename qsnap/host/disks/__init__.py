@@ -2,7 +2,7 @@
 
 from qsnap.host.disks.chain import DiskFile, LiveDisk, find_devices, read_disks, tidy_disks
 from qsnap.host.disks.cut import DiskCut, DiskPlan, DiskStep, image_of, plan_disks
-from qsnap.host.disks.images import create_overlay, new_path
+from qsnap.host.disks.images import create_overlay, name_base, new_path, read_chain
 
 __all__ = [
     "DiskCut",
@@ -13,8 +13,10 @@ __all__ = [
     "create_overlay",
     "find_devices",
     "image_of",
+    "name_base",
     "new_path",
     "plan_disks",
+    "read_chain",
     "read_disks",
     "tidy_disks",
 ]

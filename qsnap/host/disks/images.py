@@ -30,8 +30,7 @@ async def create_overlay(qemu_img: str, path: str, *, base: str, base_format: st
 
     A base in the same directory is named relative to it, so that the directory can be moved.
     """
-    named = os.path.basename(base) if os.path.dirname(base) == os.path.dirname(path) else os.path.abspath(base)
-    await _create(qemu_img, path, "-b", named, "-F", base_format, path, about=base)
+    await _create(qemu_img, path, "-b", _name_for(path, base), "-F", base_format, path, about=base)
 
 
 async def create_empty(qemu_img: str, path: str, size_bytes: int) -> None:
@@ -51,8 +50,19 @@ async def _create(qemu_img: str, path: str, *arguments: str, about: str) -> None
 
 
 async def name_base(qemu_img: str, path: str, *, base: str, base_format: str) -> None:
-    """Have a qcow2 image name `base`, by absolute path, as what it lies on. Its content is not touched."""
-    await _run(qemu_img, "rebase", "-u", "-f", "qcow2", "-b", os.path.abspath(base), "-F", base_format, path)
+    """Have a qcow2 image name `base` as what it lies on, in the same way. Its content is not touched."""
+    await _run(qemu_img, "rebase", "-u", "-f", "qcow2", "-b", _name_for(path, base), "-F", base_format, path)
+
+
+def _name_for(path: str, base: str) -> str:
+    same = os.path.dirname(base) == os.path.dirname(path)
+    return os.path.basename(base) if same else os.path.abspath(base)
+
+
+async def read_chain(qemu_img: str, path: str, image_format: str) -> tuple[tuple[str, str], ...]:
+    """(path, format) of an image, which may be in use, and of all that it lies on. HostError if one is missing."""
+    told = await _run(qemu_img, "info", "--force-share", "--backing-chain", "--output=json", "-f", image_format, path)
+    return tuple((image["filename"], image["format"]) for image in json.loads(told))
 
 
 async def measure_copy(qemu_img: str, path: str, image_format: str) -> int:

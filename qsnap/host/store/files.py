@@ -115,21 +115,26 @@ def stored_names(vne: str, relpath: str, file: str) -> tuple[str, ...]:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Replace `path` by a file of mode 0600 that holds `data`; after a crash it is the old or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
     with explained("write", path):
-        try:
+        replace_file(path, data)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """The same, where OSError has to say something else."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as stream:
+            os.fchmod(fd, 0o600)
+            stream.write(data)
+            stream.flush()
+            os.fsync(fd)
+        temporary.rename(path)
+    except OSError:
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with open(fd, "wb") as stream:
-                os.fchmod(fd, 0o600)
-                stream.write(data)
-                stream.flush()
-                os.fsync(fd)
-            temporary.rename(path)
-        except OSError:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+        raise
     sync_directory(path.parent)
 
 

@@ -83,6 +83,16 @@ class Store:
         check_names(vne, snapshot)
         return await trio.to_thread.run_sync(self._begin, vne, snapshot)
 
+    async def make_room(self, vne: str, relpath: str) -> Path:
+        """Where a file is to be written that comes from another store; its directory is made if it is missing.
+
+        Raises:
+            IntegrityError: the path leads out of the VNE's directory.
+        """
+        check_names(vne)
+        *directories, name = stored_names(vne, relpath, str(self.root / vne / relpath))
+        return await trio.to_thread.run_sync(make_directories, self.root, *directories) / name
+
     async def seal_file(self, vne: str, relpath: str, progress: Progress | None = None) -> StoredFile:
         """Make a complete file durable, and hash it. Files may be sealed concurrently.
 
@@ -93,6 +103,19 @@ class Store:
         seal = await trio.to_thread.run_sync(self._seal, vne, relpath, reporter(progress))
         self._fresh.setdefault(vne, {})[relpath] = seal
         return StoredFile(relpath, seal.size_bytes, seal.sha256)
+
+    async def hold(self, snapshot: Snapshot) -> None:
+        """Have everything ready for a commit, and durable, so that only its manifest's name is missing.
+
+        Raises what `commit` raises.
+        """
+        check_names(snapshot.vne.name, snapshot.name)
+        await trio.to_thread.run_sync(partial(self._write, snapshot, reporter(None), PENDING))
+
+    async def held(self, vne: str, snapshot: str) -> Snapshot:
+        """What `hold` was given. Raises IntegrityError if it is not there, or altered."""
+        check_names(vne, snapshot)
+        return await trio.to_thread.run_sync(self._held, vne, snapshot)
 
     async def commit(self, snapshot: Snapshot) -> None:
         """Make `snapshot` exist: it does once this returns, and does not if this raises.
@@ -237,24 +260,27 @@ class Store:
         self._require(snapshot.vne.name, snapshot.name)
         self._write(snapshot, report)
 
-    def _write(self, snapshot: Snapshot, report: Report) -> None:
+    def _write(self, snapshot: Snapshot, report: Report, name: str = MANIFEST) -> None:
         vne, directory = snapshot.vne.name, self._directory(snapshot.vne.name, snapshot.name)
         manifest = encode_manifest(snapshot)
-        parse_manifest(manifest, file=str(directory / MANIFEST))  # what is committed can be read back
+        parse_manifest(manifest, file=str(directory / name))  # what is committed can be read back
         make_directories(self.root, vne, "snapshots", snapshot.name)
-        seals = self._seal_all(vne, files_in(snapshot), report)
+        seals = self._seal_all(snapshot, report)
         self._sync_directories(vne, files_in(snapshot))
         write_durably(directory / SEALS, encode_seals(seals))
-        write_durably(directory / MANIFEST, manifest)
+        write_durably(directory / name, manifest)
 
-    def _seal_all(self, vne: str, files: tuple[StoredFile, ...], report: Report) -> Seals:
-        """Seals of `files`, known ones as far as possible. All are on stable storage afterwards."""
-        known: Seals = {}
-        for each in self._snapshots(vne):
+    def _held(self, vne: str, snapshot: str) -> Snapshot:
+        path = f"{snapshot_dir(snapshot)}/{PENDING}"
+        return parse_manifest(self._read(vne, path), file=str(self.root / vne / path))
+
+    def _seal_all(self, snapshot: Snapshot, report: Report) -> Seals:
+        """Seals of its files, known ones as far as possible. All are on stable storage afterwards."""
+        vne, known, seals = snapshot.vne.name, Seals(), Seals()
+        for each in (*self._snapshots(vne), snapshot.name):
             known |= self._read_seals(vne, each)
         known |= self._fresh.get(vne, {})
-        seals = {}
-        for file in files:
+        for file in files_in(snapshot):
             with self._opened(vne, file) as fd:
                 os.fsync(fd)
             seals[file.path] = self._check_file(vne, file, known.get(file.path), report)
@@ -376,6 +402,7 @@ class Store:
         return waste
 
 
+PENDING = "pending.json"  #: the manifest of a snapshot that another host has yet to commit
 _DAMAGED = "Put back a copy of it, or remove the snapshot."
 
 
