@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,6 +27,8 @@ from qsnap.cli import main, tables
 from qsnap.cli.bars import Lines
 from qsnap.cli.commands import cli
 from qsnap.cli.group import exit_codes
+from qsnap.cli.pki import pki
+from qsnap.fleet.identity import load_identity, peer_of
 from qsnap.host.qemu import Process
 from qsnap.host.runtime import LiveVM, LiveVNE
 from qsnap.host.store import Store
@@ -98,7 +102,7 @@ def test_help_lists_every_exit_code(run: Run) -> None:
     code, out, _ = run("-h")
     listed = out.partition("Exit codes:")[2]
     assert code == 0
-    assert [number for number, _ in exit_codes()] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 130]
+    assert [number for number, _ in exit_codes()] == [*range(16), 130]
     for number, meaning in exit_codes():
         assert f"  {number:<3}  {meaning.split()[0]}" in listed
 
@@ -376,3 +380,72 @@ def test_a_console_serves_one_at_a_time(run: Run, vm_console: socket.socket) -> 
 def test_accelerators_are_named_by_value(run: Run, dead_lab: LiveVNE) -> None:
     assert dead_lab.vms[0].accelerator is Accelerator.TCG
     assert json.loads(run("ps", "--json")[1])[0]["vms"][0]["accelerator"] == "tcg"
+
+
+@pytest.mark.parametrize("command", sorted(pki.commands))
+def test_help_of_pki_has_an_example(run: Run, command: str) -> None:
+    code, out, err = run("pki", command, "--help")
+    assert (code, err) == (0, "")
+    assert f"qsnap pki {command}" in out.partition("Example:")[2]
+
+
+def test_identities(run: Run, tmp_path: Path) -> None:
+    """Each command says what comes next, and that works."""
+    ca = str(tmp_path / "ca")
+    code, out, err = run("pki", "init", ca)
+    assert (code, err) == (0, "")
+    assert f"qsnap pki issue {ca} alpha" in out
+    assert run("pki", "issue", ca, "alpha")[0] == 0
+    identity = str(tmp_path / "beta.pem")
+    code, out, _ = run("pki", "issue", ca, "beta", "-o", identity, "--vne", "lab-*", "--vne", "demo", "--days", "9")
+    assert code == 0
+    assert "qsnap agent --identity beta.pem" in out
+    beta = load_identity(Path(identity))
+    assert peer_of(beta.certificate).vnes == ("lab-*", "demo")
+    code, out, _ = run("--json", "pki", "revoke", ca, "alpha", identity)
+    assert (code, json.loads(out)) == (0, {"name": "alpha", "revoked": 1})
+    assert load_identity(Path(identity)).crl_pem == Path(ca, "crl.pem").read_text()
+
+
+def test_an_identity_as_json(run: Run, tmp_path: Path) -> None:
+    ca = tmp_path / "ca"
+    run("pki", "init", str(ca))
+    answer = json.loads(run("pki", "issue", str(ca), "alpha", "--json")[1])
+    expires = load_identity(ca / "alpha.pem").expires.isoformat()
+    assert answer == {"name": "alpha", "file": str(ca / "alpha.pem"), "vnes": [], "expires": expires}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "line"),
+    [
+        (("issue", "CA", "Beta"), 4, "qsnap: 'Beta' cannot name a host"),
+        (("issue", "CA", "alpha"), 14, "qsnap: CA: there is no certificate authority"),
+        (("revoke", "CA", "alpha"), 14, "qsnap: CA: there is no certificate authority"),
+        (("init", "/proc/none/ca"), 6, "qsnap: /proc/none/ca: No such file or directory"),
+    ],
+)
+def test_an_error_of_pki(run: Run, words: tuple[str, ...], code: int, line: str) -> None:
+    found, out, err = run("pki", *words)
+    assert (found, out) == (code, "")
+    assert err.startswith(line)
+
+
+def test_the_unit_for_systemd_runs_this_agent_and_spares_its_vms(run: Run, tmp_path: Path) -> None:
+    directory = tmp_path / 'with "odd" $names'
+    code, out, _ = run("agent", "--unit", "--port", "7000", "--allow", "lab-*", "--run-dir", str(directory))
+    assert code == 0
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string(out)
+    assert unit["Service"]["KillMode"] == "process"
+    command = unit["Service"]["ExecStart"].replace("$$", "$").replace("%%", "%")
+    words = shlex.split(command)
+    assert words[:4] == [sys.executable, "-m", "qsnap.cli", "agent"]
+    assert words[words.index("--run-dir") + 1] == str(directory)
+    assert words[words.index("--allow") + 1] == "lab-*"
+
+
+def test_hosts_of_a_vne_that_has_none(run: Run) -> None:
+    code, _, error = run("hosts", "lab")
+    assert code == qsnap.StateError.exit_code
+    assert "not spread over hosts" in error

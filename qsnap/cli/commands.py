@@ -16,10 +16,12 @@ from click.shell_completion import BashComplete, FishComplete, ShellComplete, Zs
 import qsnap
 from qsnap.cli import tables
 from qsnap.cli.bars import progress_bars
-from qsnap.cli.group import MOST_COLUMNS, Group
+from qsnap.cli.group import MOST_COLUMNS, Program
+from qsnap.cli.hosts import agent, hosts
 from qsnap.cli.names import complete_running, complete_saved, complete_snapshots, complete_vms
 from qsnap.cli.output import Answer, print_answer
-from qsnap.cli.settings import Settings
+from qsnap.cli.pki import pki
+from qsnap.cli.settings import Settings, vne_named
 from qsnap.host import console as terminal
 from qsnap.host.domains import SYSTEM
 
@@ -48,7 +50,9 @@ def choice(option: str, values: type[E], default: E, help: str) -> Callable[[F],
 
 def call(settings: Settings, function: Callable[..., Awaitable[T]], *args: object, **kwargs: object) -> T:
     """Run a function of the library to its end, at the place that the options name."""
-    return trio.run(partial(function, *args, place=settings.place, **kwargs))
+    place = settings.place
+    known = [vne_named(arg, place) if isinstance(arg, str) else arg for arg in args[:1]]
+    return trio.run(partial(function, *known, *args[1:], place=place, **kwargs))
 
 
 def call_with_bars(settings: Settings, function: Callable[..., Awaitable[T]], *args: object, **kwargs: object) -> T:
@@ -57,7 +61,11 @@ def call_with_bars(settings: Settings, function: Callable[..., Awaitable[T]], *a
         return call(settings, function, *args, progress=progress, **kwargs)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MOST_COLUMNS})
+@click.group(
+    cls=Program,
+    examples=("qsnap up lab.toml", "qsnap snapshot lab before", "qsnap down lab", "qsnap restore lab before"),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MOST_COLUMNS},
+)
 @click.version_option(package_name="qsnap", message="%(prog)s %(version)s")
 def cli() -> None:
     """Save running virtual networks of QEMU VMs, and restore them.
@@ -154,11 +162,11 @@ def snapshot(
 ) -> Answer:
     """Save a running VNE as NAME; its VMs run on.
 
-    Without NAME, it is called after the date and time. It is kept in the store that was given to `qsnap up`.
+    Without NAME, it is called after the date and time. It is kept in the store that was given to `qsnap up`, on each
+    host its part.
     """
-    store = settings.place.runtime().load(vne).store
     saved = call_with_bars(settings, qsnap.snapshot, vne, name, engine=engine, cut=cut, disks=disks)
-    elsewhere = {} if store == str(settings.place.store) else {"store": store}
+    elsewhere = _store_option(settings, saved.vne.name)
     down = settings.command_line("down", vne)
     hints = [
         ("Look at it", settings.command_line("show", vne, saved.name, **elsewhere)),
@@ -167,19 +175,50 @@ def snapshot(
     return Answer(saved, tables.with_next(tables.saved_text(saved), *hints))
 
 
+def _store_option(settings: Settings, vne: str) -> dict[str, str]:
+    """What commands on its snapshots need to find them: it came up with a store of its own, maybe."""
+    if vne not in settings.place.runtime().names():
+        return {}
+    store = settings.place.runtime().load(vne).store
+    return {} if store == str(settings.place.store) else {"store": store}
+
+
+def _pairs(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            raise click.BadParameter(f"{text!r} is not of the form {parameter.metavar}")
+        pairs[key] = value
+    return pairs
+
+
 @cli.command(example="qsnap restore lab before-update --ram eager")
 @saved_vne
 @saved_name
 @choice("--ram", qsnap.RamMode, qsnap.RamMode.AUTO, "Map the saved RAM copy-on-write, or copy it before the VMs run.")
 @click.option("--qemu", type=click.Path(), metavar="PATH", help="Take this QEMU instead of the one it was saved with.")
 @click.option("--paused", is_flag=True, help="Load the VMs and leave them paused.")
+@click.option(
+    "--place", "placement", multiple=True, metavar="VM=HOST", callback=_pairs, help="Restore this VM there; give any."
+)
 @click.pass_obj
-def restore(settings: Settings, vne: str, name: str, ram: qsnap.RamMode, qemu: str | None, paused: bool) -> Answer:
+def restore(
+    settings: Settings,
+    vne: str,
+    name: str,
+    ram: qsnap.RamMode,
+    qemu: str | None,
+    paused: bool,
+    placement: dict[str, str],
+) -> Answer:
     """Start a VNE as it was when NAME was saved.
 
-    The VNE must not be running.
+    The VNE must not be running. Where its description names other hosts than the snapshot, or --place does, these fetch
+    what they need.
     """
-    report = call_with_bars(settings, qsnap.restore, vne, name, ram=ram, qemu=qemu, paused=paused)
+    options = {"ram": ram, "qemu": qemu, "paused": paused, "placement": placement}
+    report = call_with_bars(settings, qsnap.restore, vne, name, **options)
     hint = ("Its state", settings.command_line("ps", vne))
     return Answer(report, tables.with_next(tables.restored_text(report, paused=paused), hint))
 
@@ -259,8 +298,7 @@ def rm(settings: Settings, vne: str, names: tuple[str, ...]) -> Answer:
         for name in dict.fromkeys(names):
             removed[name] = call(settings, qsnap.remove, vne, name)
     except qsnap.QsnapError as error:
-        left = {name for _, name in trio.run(settings.place.snapshots().names, vne)}
-        gone = [name for name in dict.fromkeys(names) if name not in left]
+        gone = [*removed, *([name] if isinstance(error, qsnap.IntegrityError) else [])]  # where it is another's damage
         error.add_note(f"Removed: {', '.join(gone) or 'none'}.")
         raise
     return Answer(removed, tables.removed_text(vne, removed))
@@ -295,7 +333,7 @@ def host(settings: Settings, qemu: str) -> Answer:
 
     QEMU and networks are needed. The others make things faster.
     """
-    found = trio.run(partial(qsnap.abilities, qemu=qemu))
+    found = trio.run(partial(qsnap.abilities, qemu=qemu, place=settings.place))
     return Answer(found, tables.abilities_text(found))
 
 
@@ -318,6 +356,11 @@ def console(settings: Settings, vne: str, vm: str) -> None:
     if interactive:
         what = f"{vm} has ended" if end is terminal.End.CLOSED else f"Left the console of {vm}"
         click.echo(f"\n{what}.", err=True)
+
+
+cli.add_command(agent)
+cli.add_command(hosts)
+cli.add_command(pki)
 
 
 @cli.command(example='eval "$(qsnap completion bash)"')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -28,28 +28,37 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """All commands, in the order in which they are defined."""
+    """Commands, in the order in which they are defined, and examples in the help."""
 
     command_class = Command
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, examples: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.params += shared_options(environment=True)
+        self.examples = examples
+        self.params += self.shared_options()
+
+    def shared_options(self) -> list[click.Parameter]:
+        return shared_options()
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Example"):
+            for line in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+class Program(Group):
+    """All commands. It asks the environment, and lists the exit codes."""
+
+    def shared_options(self) -> list[click.Parameter]:
+        return shared_options(environment=True)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Exit codes"):
             formatter.write_dl([(str(code), meaning) for code, meaning in exit_codes()])
-        with formatter.section("Example"):
-            for line in (
-                "qsnap up lab.toml",
-                "qsnap snapshot lab before",
-                "qsnap down lab",
-                "qsnap restore lab before",
-            ):
-                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+        super().format_epilog(ctx, formatter)
 
 
 def exit_codes() -> list[tuple[int, str]]:

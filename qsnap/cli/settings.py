@@ -10,8 +10,9 @@ import click
 from attrs import define, field
 from click.core import ParameterSource
 
-from qsnap import Place
-from qsnap.host.place import default_run_dir, default_store_dir
+from qsnap import Place, load_description
+from qsnap.fleet.spread import remember
+from qsnap.host.place import default_identity, default_run_dir, default_store_dir
 
 
 @define
@@ -20,13 +21,14 @@ class Settings:
 
     run_dir: str | None = None
     store: str | None = None
+    identity: str | None = None
     json: bool = False
     typed: dict[str, str] = field(factory=dict)
 
     @property
     def place(self) -> Place:
         """Where to look for running VNEs and for snapshots."""
-        given = {"run": self.run_dir, "store": self.store}
+        given = {"run": self.run_dir, "store": self.store, "identity": self.identity}
         return Place(**{name: path for name, path in given.items() if path})
 
     def command_line(self, command: str, *arguments: str, **options: str) -> str:
@@ -38,8 +40,9 @@ class Settings:
 def shared_options(*, environment: bool = False) -> list[click.Parameter]:
     """The options that stand before a command or after it. The environment is asked once, before the command."""
     return [
-        _directory("--run-dir", "Where running VNEs are kept.", "QSNAP_RUN", default_run_dir(), environment),
-        _directory("--store", "Where snapshots are kept.", "QSNAP_STORE", default_store_dir(), environment),
+        _path("--run-dir", "Where running VNEs are kept.", "QSNAP_RUN", default_run_dir(), environment),
+        _path("--store", "Where snapshots are kept.", "QSNAP_STORE", default_store_dir(), environment),
+        _path("--identity", "By which other hosts know this one.", "QSNAP_IDENTITY", default_identity(), environment),
         click.Option(
             ["--json"],
             is_flag=True,
@@ -50,15 +53,24 @@ def shared_options(*, environment: bool = False) -> list[click.Parameter]:
     ]
 
 
-def _directory(option: str, purpose: str, variable: str, default: Path, environment: bool) -> click.Option:
+def _path(option: str, purpose: str, variable: str, default: Path, environment: bool) -> click.Option:
     return click.Option(
         [option],
-        type=click.Path(file_okay=False),
+        type=click.Path(),
         envvar=variable if environment else None,
         help=f"{purpose}  [{variable}, else {default}]",
         expose_value=False,
         callback=_keep,
     )
+
+
+def vne_named(text: str, place: Place) -> str:
+    """The name of a VNE; a description may stand for it, and tells which hosts it is spread over."""
+    if not text.endswith(".toml"):
+        return text
+    vne = load_description(text)
+    remember(vne, place)
+    return vne.name
 
 
 def settings_of(context: click.Context) -> Settings:

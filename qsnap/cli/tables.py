@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qsnap import Ability, AttachReport, Report, RestoreReport, Snapshot, VMStatus, VNEStatus
+from qsnap import Ability, AttachReport, HostReport, Report, RestoreReport, Snapshot, VMStatus, VNEStatus
 from qsnap.model import DiskImage, StoredFile, VMSnapshot, version_text
 from qsnap.rules.figures import discrepancy_ms, longest_downtime_ms, reasons, stored_bytes
 from qsnap.rules.manifest import files_in
@@ -27,8 +27,11 @@ def statuses_text(vnes: Sequence[VNEStatus]) -> RenderableType:
     """The VMs of all these VNEs."""
     if not vnes:
         return "No VNE is up."
-    header = ("VNE", "VM", "STATE", "PID", "ACCEL", "QEMU", "MEMORY", "NETNS")
-    return _table(header, [row for vne in vnes for row in _status_rows(vne)])
+    where = "HOST" if any(vm.host for vne in vnes for vm in vne.vms) else "NETNS"
+    header = ("VNE", "VM", "STATE", "PID", "ACCEL", "QEMU", "MEMORY", where)
+    table = _table(header, [row for vne in vnes for row in _status_rows(vne)])
+    notes = [note for vne in vnes for note in vne.notes]
+    return Group(table, "", *notes) if notes else table
 
 
 def attached_text(report: AttachReport) -> RenderableType:
@@ -50,11 +53,11 @@ def _status_row(vne: VNEStatus, vm: VMStatus) -> tuple[Cell, ...]:
         vne.name,
         vm.name,
         Text(vm.state, style=_STATE_STYLES.get(vm.state, "red")),
-        str(vm.pid),
+        str(vm.pid or NOTHING),
         vm.accelerator.value,
-        version_text(vm.qemu_version),
+        version_text(vm.qemu_version) if any(vm.qemu_version) else NOTHING,
         size_text(vm.memory_bytes),
-        vne.netns or NOTHING,
+        vm.host or vne.netns or NOTHING,
     )
 
 
@@ -131,6 +134,7 @@ def details_text(snapshot: Snapshot) -> RenderableType:
 def _vm_details(vm: VMSnapshot) -> RenderableType:
     nics = [f"{nic.network} {nic.mac} {nic.model}" for nic in vm.vm.nics]
     facts = {
+        **({"host": vm.vm.host} if vm.vm.host else {}),
         "memory": size_text(vm.vm.ram_bytes),
         "processors": f"{vm.vm.vcpus}, {vm.accelerator.value}",
         "machine": f"{vm.machine_type}, QEMU {version_text(vm.qemu_version)}",
@@ -206,6 +210,16 @@ def abilities_text(abilities: Sequence[Ability]) -> RenderableType:
         mark = Text("yes", style="green") if ability.here else Text("no", style="yellow")
         table.add_row(ability.name, mark, "\n".join(filter(None, (ability.finding, ability.remedy))))
     return table
+
+
+def hosts_text(hosts: Sequence[HostReport]) -> RenderableType:
+    """What each host can do, or why its agent cannot be asked, with what to do about it."""
+    lines: list[RenderableType] = []
+    for each in hosts:
+        state = Text("not reachable", style="red") if each.fault else Text(f"qsnap {each.version}", style="green")
+        lines += ["", Text.assemble((each.host.name, "bold"), f" {each.host.address}:{each.host.port} ", state)]
+        lines.append(abilities_text(each.abilities) if not each.fault else "\n".join([each.fault, each.remedy]))
+    return Group(*lines[1:])
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Table:

@@ -12,7 +12,7 @@ from tests.wire import building as b
 
 CORPUS = Path(__file__).parent / "corpus"
 INPUTS = sorted(CORPUS.glob("*/*"))
-TARGETS = {"description", "journal", "manifest", "qmp", "state", "stream"}
+TARGETS = {"description", "journal", "manifest", "messages", "qmp", "state", "stream"}
 
 
 @pytest.mark.parametrize("path", INPUTS, ids=lambda path: f"{path.parent.name}-{path.name}")
