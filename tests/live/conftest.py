@@ -101,3 +101,11 @@ async def _tidy(place: qsnap.Place, name: str) -> None:
     for snapshot in await qsnap.snapshots(name, place=place):
         if snapshot.name != "booted":
             await qsnap.remove(name, snapshot.name, place=place)
+
+
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    """A directory on tmpfs, with a path that is short enough for sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="qsnap-", dir="/dev/shm") as root:
+        yield Path(root)
+        assert not find_processes([root]), "a process was left behind"

@@ -217,7 +217,7 @@ async def test_a_failed_snapshot_puts_the_taps_back(
     async def fail(*_: object) -> None:
         raise qsnap.HostError("no space")
 
-    monkeypatch.setattr("qsnap.host.saving._Saving._commit", fail)
+    monkeypatch.setattr("qsnap.host.saving.Saving.commit", fail)
     with pytest.raises(qsnap.HostError, match="no space"):
         await qsnap.snapshot("hand", "failed", place=place)
     assert links() == before

@@ -11,7 +11,7 @@ import pytest
 from tests.live.lab import ROOT
 
 
-@pytest.mark.parametrize("name", ["cost", "downtime", "receiver", "restore", "vne"])
+@pytest.mark.parametrize("name", ["cost", "downtime", "fleet", "receiver", "restore", "scale", "vne"])
 def test_a_benchmark_reports(name: str) -> None:
     command = [sys.executable, "-m", f"bench.{name}", "--quick", "--runs", "1", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

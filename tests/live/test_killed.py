@@ -86,24 +86,29 @@ def base(tmp_path: Path) -> Path:
 
 
 async def check_running(place: qsnap.Place, vms: int) -> None:
+    """Every VM runs, as `check_wired` has it, and its guest answers."""
+    await check_wired(place, "lab", vms)
+    async with open_consoles("lab", place, vms) as consoles:
+        await statuses(consoles)  # a guest whose memory was left protected does not answer
+
+
+async def check_wired(place: qsnap.Place, vne: str, vms: int) -> None:
     """Every VM runs, no migration is left, and its tap and its disk are those that the state file names."""
-    live = place.runtime().load("lab")
-    found = await qsnap.status("lab", place=place)
+    live = place.runtime().load(vne)
+    found = await qsnap.status(vne, place=place)
     assert [vm.state for vm in found.vms] == ["running"] * vms
     masters = await run_in_netns(live.netns, masters_of_links)
     async with open_loop():
         for index, vm in enumerate(live.vms):
             assert masters[tap_name(index, 0)] == bridge_name(live.vne, 0, live.active)
-            async with open_qmp(place.runtime().qmp_path("lab", vm.vm.name), vm=vm.vm.name) as qmp:
+            async with open_qmp(place.runtime().qmp_path(vne, vm.vm.name), vm=vm.vm.name) as qmp:
                 capabilities = await qmp.execute("query-migrate-capabilities")
                 devices = [each.device for each in vm.disks]
-                real = await read_disks(qmp, devices, f"{live.store}/lab/disks")
+                real = await read_disks(qmp, devices, f"{live.store}/{vne}/disks")
                 for disk, known in zip(real, vm.disks, strict=True):
                     assert disk.node == known.node
                     assert set(disk.layers) <= set(known.layers)  # a merge of layers may have ended alone
             assert not [each for each in capabilities if each["capability"] == "background-snapshot" and each["state"]]
-    async with open_consoles("lab", place, vms) as consoles:
-        await statuses(consoles)  # a guest whose memory was left protected does not answer
 
 
 def masters_of_links() -> dict[str, str]:
@@ -116,16 +121,16 @@ def masters_of_links() -> dict[str, str]:
         }
 
 
-async def check_store(place: qsnap.Place) -> set[str]:
+async def check_store(place: qsnap.Place, vne: str = "lab") -> set[str]:
     """What is in the store is what its snapshots and running VMs need. Returns the names of the snapshots."""
-    names = {saved.name for saved in await qsnap.snapshots("lab", place=place)}
+    names = {saved.name for saved in await qsnap.snapshots(vne, place=place)}
     for name in names:
-        await qsnap.verify("lab", name, place=place)
-    home = place.store / "lab"
+        await qsnap.verify(vne, name, place=place)
+    home = place.store / vne
     before = {path for path in home.rglob("*") if path.is_file()} if home.exists() else set()
-    up = "lab" in place.runtime().names()
-    in_use = place.runtime().load("lab").layers_in_use() if up else ()
-    assert await place.snapshots().collect("lab", in_use) == (), before
+    up = vne in place.runtime().names()
+    in_use = place.runtime().load(vne).layers_in_use() if up else ()
+    assert await place.snapshots().collect(vne, in_use) == (), before
     assert {path.name for path in (home / "snapshots").glob("*")} == names
     return names
 

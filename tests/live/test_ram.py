@@ -87,3 +87,10 @@ async def test_the_comparison_finds_a_running_guest(place: qsnap.Place) -> None:
     before = copy_ram(pid)
     await trio.sleep(0.2)
     assert copy_ram(pid) != before
+
+
+async def test_huge_pages_that_somebody_else_takes_first(place: qsnap.Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were free when they were counted, and are not when QEMU asks for them."""
+    monkeypatch.setattr("qsnap.host.hugepages.free_pages", lambda: 1 << 20)
+    async with qsnap.running(make_vne("lab", vms=1, memory=8 << 30), place=place) as status:
+        assert [(vm.state, vm.hugetlb) for vm in status.vms] == [("running", False)]
