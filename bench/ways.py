@@ -18,7 +18,7 @@ from attrs import frozen
 
 import qsnap
 from bench.guest import VNE, Guest, pause_ms
-from qsnap.errors import EngineRefusedError
+from qsnap.errors import EngineRefusedError, HostError
 from qsnap.host.capture import BACKGROUND_CAPABILITIES, cont, set_capabilities
 from qsnap.host.qmp import Qmp, QmpEvent
 from qsnap.model import Engine
@@ -77,6 +77,9 @@ async def engines(guest: Guest) -> list[Engine]:
         try:
             saved = await _snapshot(engine, guest)
         except EngineRefusedError:
+            continue
+        except HostError:  # its stream outgrew its limit, as it may again, or not
+            able[engine.value] = engine
             continue
         await _remove(guest)
         able.setdefault(saved.how, engine)

@@ -1,0 +1,239 @@
+"""What a consistent cut of a VNE costs that is spread over hosts, by colour and by barrier.
+
+The hosts are network namespaces of one machine, each with an agent of its own process; the coordinator is on a further
+host. `discrepancy_ms` is from the first VM's STOP to the last one's, on one clock: each agent's offset is measured and
+taken off. The downtime is that of the VMs, their median and the longest. The guests' memory is in huge pages and the
+engine always `background`: so the pause is the shortest, and the same engine's with either cut and on any hosts.
+
+`stall_ms` is the longest time for which any guest's incoming TCP stream, of 8 Mbit/s and from a guest on another host,
+made no progress while a snapshot was taken: the guests' own byte counters, read every millisecond; `quiet_stall_ms` is
+the same over windows as long in which nothing happens. Both over 30 snapshots with each cut: the median, the 95th
+percentile, the longest. `timeouts` are those of the 30 with a stall of 200 ms or more, which is the least that TCP
+waits before it takes a segment for lost (RTO): what else may have taken that long is counted too.
+
+`overhead_ms` is from the start of PREPARE to the last answer to COMMIT, less the capture itself: the longest time of
+any VM from the capture's start to its last byte, and on to the last of its files being sealed. What is left are
+messages, journals and manifests, and asking QEMU what it can do. 1, 4 and 16 hosts with a VM each are for this. All
+other figures are medians of at least 5 snapshots.
+
+All hosts share the processors of this machine. Where these are fewer than VMs, the guests, agents and receivers wait
+for each other as they would not on hosts of their own: the figures are worse than those would be.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import trio
+from attrs import define, field, frozen
+
+import qsnap
+from bench.guest import VNE, Guest, describe, ready_guest, temporary_place
+from bench.report import Bar, Options, Report, Row, median, run
+from bench.vne import GUEST, longest_stall_ms
+from bench.ways import SNAPSHOT
+from qsnap.fleet.channel import connect
+from qsnap.fleet.coordinator import lead, open_remotes
+from qsnap.fleet.identity import load_identity
+from qsnap.fleet.operations import decide_snapshot
+from qsnap.fleet.participants import phases_of
+from qsnap.host.clock import steady_s
+from qsnap.host.hugepages import HugePages, pages_for
+from qsnap.model import Backing, Cut, Engine, Snapshot, SnapshotOrder
+from qsnap.rules.parts import whole_snapshot
+from testbed.fleet import INITIATOR, Fleet, open_fleet
+from testbed.hosts import hosts_in_namespaces
+
+MEMORY_MIB = 96
+STALLS = 6  #: snapshots for each run where stalls are looked at: 30
+TIMEOUT_MS = 200.0  #: TCP_RTO_MIN (include/net/tcp.h)
+DISCREPANCY_LIMIT_MS = 5.0
+DISRUPTION_LIMIT_MS = 100.0
+DOWNTIME_LIMIT = 1.5  #: times that on one host
+
+
+@frozen
+class Case:
+    """VMs dealt out to hosts, and whether the guests' streams are looked at."""
+
+    hosts: int
+    vms: int
+    stalls: bool = False
+
+
+SPREAD, TOGETHER = Case(4, 8, stalls=True), Case(1, 8)
+CASES = (Case(2, 2, stalls=True), Case(4, 4, stalls=True), SPREAD, TOGETHER, Case(1, 1), Case(16, 16))
+
+
+@frozen
+class Saved:
+    """One snapshot, and what it took beside the capture."""
+
+    snapshot: Snapshot
+    overhead_ms: float
+
+
+@define
+class Taken:
+    """All snapshots with one cut."""
+
+    case: Case
+    cut: Cut
+    saved: list[Saved] = field(factory=list)
+    stalls_ms: list[float] = field(factory=list)
+    quiet_ms: list[float] = field(factory=list)
+
+    @property
+    def timeouts(self) -> int:
+        return sum(stall_ms >= TIMEOUT_MS for stall_ms in self.stalls_ms)
+
+    @property
+    def downtime_ms(self) -> float:
+        return median([statistics.median(run) for run in self._downtimes])
+
+    @property
+    def discrepancy_ms(self) -> float:
+        return median([each.snapshot.discrepancy_ms for each in self.saved])
+
+    @property
+    def _downtimes(self) -> list[list[float]]:
+        return [[vm.measurements.downtime_ms for vm in each.snapshot.vms] for each in self.saved]
+
+    def row(self) -> Row:
+        """One line of the table."""
+        looked = self.case.stalls
+        return {
+            "hosts": self.case.hosts,
+            "vms": self.case.vms,
+            "cut": self.cut.value,
+            "discrepancy_ms": self.discrepancy_ms,
+            "downtime_ms": self.downtime_ms,
+            "longest_downtime_ms": median([max(run) for run in self._downtimes]),
+            "stall_ms": spread(self.stalls_ms) if looked else None,
+            "quiet_stall_ms": spread(self.quiet_ms) if looked else None,
+            "timeouts": self.timeouts if looked else None,
+            "overhead_ms": median([each.overhead_ms for each in self.saved]),
+        }
+
+
+def percentile(values: Sequence[float]) -> float:
+    """The 95th."""
+    return round(float(np.percentile(values, 95)), 1)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, 95th percentile and maximum."""
+    return f"{statistics.median(values):.1f} / {percentile(values)} / {max(values):.1f}"
+
+
+@asynccontextmanager
+async def running_fleet(case: Case) -> AsyncIterator[tuple[Fleet, qsnap.VNE, list[Guest]]]:
+    """The hosts with their agents, the VNE on them, and its guests at work."""
+    names = [f"host{number}" for number in range(1, case.hosts + 1)]
+    with temporary_place() as place, tempfile.TemporaryDirectory(prefix="qsnap-bench-", dir="/dev/shm") as root:
+        async with (
+            hosts_in_namespaces([*names, INITIATOR]) as hosts,
+            open_fleet(Path(root), hosts) as fleet,
+            AsyncExitStack() as stack,
+        ):
+            whole = fleet.spread(describe(place, vms=case.vms, memory_mib=MEMORY_MIB, backing=Backing.HUGETLB, **GUEST))
+            stack.enter_context(reserved(whole, Path(root)))
+            status = await fleet.call(qsnap.up, whole)
+            stack.push_async_callback(end, fleet)
+            guests = []
+            for vm, at in zip(whole.vms, status.vms, strict=True):
+                runtime = fleet.place(vm.host).runtime()
+                console_path, monitor_path = runtime.console_path(VNE, vm.name), runtime.monitor_path(VNE, vm.name)
+                ready = ready_guest(place, vm, at.pid, console_path, monitor_path)
+                guests.append(await stack.enter_async_context(ready))
+            yield fleet, whole, guests
+
+
+@contextmanager
+def reserved(whole: qsnap.VNE, root: Path) -> Iterator[None]:
+    """Huge pages for all hosts: they have one kernel here, and each would reserve as if its pool were its own."""
+    pool = HugePages(root / "huge-pages")
+    pool.reserve(VNE, sum(pages_for(vm.ram_bytes) for vm in whole.vms))
+    try:
+        yield
+    finally:
+        pool.give_back(VNE)
+
+
+async def end(fleet: Fleet) -> None:
+    """Take the VNE down."""
+    with trio.CancelScope(shield=True):
+        await fleet.call(qsnap.down, VNE)
+
+
+async def save(whole: qsnap.VNE, cut: Cut, *, place: qsnap.Place) -> Saved:
+    """A snapshot, as `qsnap.snapshot` takes it, by one who looks at the time."""
+    order = SnapshotOrder(VNE, SNAPSHOT, Engine.BACKGROUND, cut)
+    sealed_s: dict[str, float] = {}
+
+    def note(stage: str, vm: str, done: int, total: int) -> None:
+        if stage == "seal":
+            sealed_s[vm] = steady_s()
+
+    dial = partial(connect, identity=load_identity(place.identity))
+    async with open_remotes(order, whole, dial, note) as remotes:
+        begun_s = steady_s()
+        parts = await lead(remotes, phases_of(order), decide_snapshot)
+        took_s = steady_s() - begun_s
+    saved = whole_snapshot(parts)
+    captures_s = [sealed_s[vm.vm.name] - vm.measurements.start_instant_s for vm in saved.vms]
+    return Saved(saved, (took_s - max(captures_s)) * 1e3)
+
+
+async def measure(case: Case, runs: int) -> list[Taken]:
+    """All snapshots of one case, the cuts taking turns, each after a quiet window where stalls are looked at."""
+    taken = [Taken(case, cut) for cut in Cut]
+    async with running_fleet(case) as (fleet, whole, guests):
+        for _ in range(runs * STALLS if case.stalls else runs):
+            for each in taken:
+                call = partial(fleet.call, save, whole, each.cut)
+                if case.stalls:
+                    _, quiet_ms = await longest_stall_ms(guests, trio.lowlevel.checkpoint)
+                    saved, stall_ms = await longest_stall_ms(guests, call)
+                    each.quiet_ms.append(quiet_ms)
+                    each.stalls_ms.append(stall_ms)
+                else:
+                    saved = await call()
+                each.saved.append(saved)
+                await fleet.call(qsnap.remove, VNE, SNAPSHOT)
+    return taken
+
+
+def judge(taken: Sequence[Taken]) -> list[Bar]:
+    """What the cuts have to keep to."""
+    bars = []
+    together = {each.cut: each for each in taken if each.case == TOGETHER}
+    for each in taken:
+        what = f"{each.case.vms} VMs on {each.case.hosts} hosts, {each.cut.value}"
+        if each.case == SPREAD:
+            bars.append(Bar(f"discrepancy in ms, {what}", each.discrepancy_ms, DISCREPANCY_LIMIT_MS))
+            ratio = round(each.downtime_ms / together[each.cut].downtime_ms, 2)
+            bars.append(Bar(f"downtime over that on one host, {what}", ratio, DOWNTIME_LIMIT))
+        if each.case.stalls and each.cut is Cut.BARRIER:
+            bars.append(Bar(f"stalls as long as a TCP time-out, {what}", each.timeouts, 0))
+        if each.case.stalls and each.cut is Cut.COLOUR:
+            bars.append(Bar(f"stall in ms, 95th percentile, {what}", percentile(each.stalls_ms), DISRUPTION_LIMIT_MS))
+    return bars
+
+
+async def benchmark(options: Options) -> Report:
+    taken: list[Taken] = []
+    for case in CASES[:1] if options.quick else CASES:
+        taken += await measure(case, options.runs)
+    return Report([each.row() for each in taken], judge(taken))
+
+
+if __name__ == "__main__":
+    sys.exit(run(benchmark))
