@@ -147,6 +147,17 @@ def find_processes(marks: Sequence[str]) -> list[Process]:
     return found
 
 
+def find_image_tools(directory: str) -> list[Process]:
+    """The qemu-img processes at work on images in this directory."""
+    found = []
+    for process in find_processes([f"{directory}/"]):
+        with suppress(OSError):
+            program = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")[0]
+            if os.path.basename(program) == b"qemu-img":
+                found.append(process)
+    return found
+
+
 def reap(process: Process) -> None:
     """Take the exit status of an ended child, if it was a child of ours."""
     with suppress(ChildProcessError):

@@ -30,7 +30,7 @@ from qsnap.host.rescue import release_memory
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import layers_directory
 from qsnap.host.store import Store
-from qsnap.host.takedown import take_down
+from qsnap.host.takedown import collect, take_down
 from qsnap.host.tasks import one_error, run_all, run_each
 from qsnap.model import VNE, Outcome
 from qsnap.rules.colouring import plan_direction, plan_moves
@@ -109,7 +109,7 @@ async def put_right(vne: str, runtime: Runtime) -> None:
             await take_down(vne, runtime)
         case Kind.REMOVE:
             in_use = runtime.load(vne).layers_in_use() if vne in runtime.names() else ()
-            await _collect(vne, found.operation.store, in_use)
+            await collect(vne, found.operation.store, in_use)
         case Kind.CONVERT:
             await _prune(vne, found.operation)
     journal.end()
@@ -196,7 +196,7 @@ async def put_snapshot_right(
     live = with_vms(live, filter(None, brought_back))
     runtime.save(live)
     await _end_receivers(store, vne, found.operation.snapshot)
-    await _collect(vne, live.store, live.layers_in_use())
+    await collect(vne, live.store, live.layers_in_use())
 
 
 @frozen
@@ -275,11 +275,6 @@ async def _move_back(live: LiveVNE) -> None:
             await links.apply([*plan_direction(live.vne, live.active), *moves])
 
 
-async def _collect(vne: str, store: str, in_use: Iterable[str]) -> None:
-    with suppress(IntegrityError):  # of another snapshot: not what went wrong
-        await Store(Path(store)).collect(vne, in_use)
-
-
 async def _end_receivers(store: Store, vne: str, snapshot: str) -> None:
     receivers = find_processes([f"{store.root / vne / snapshot_dir(snapshot)}/"])
     await run_all([partial(end_process, process) for process in receivers])
@@ -321,7 +316,7 @@ async def finish_snapshot(live: LiveVNE, found: Interrupted, runtime: Runtime) -
     if found.operation.decider:  # what was held for the commit
         await Store(Path(live.store)).prune(live.vne.name, found.operation.snapshot)
     if not set(live.layers_in_use()) <= set(after.layers_in_use()):
-        await _collect(live.vne.name, live.store, after.layers_in_use())
+        await collect(live.vne.name, live.store, after.layers_in_use())
 
 
 def with_vms(live: LiveVNE, vms: Iterable[LiveVM]) -> LiveVNE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import trio
 from qsnap.errors import HostError, IntegrityError, StateError
 from qsnap.host.bridges import open_links
 from qsnap.host.netns import netns_path, remove_netns
-from qsnap.host.qemu import end_process, find_processes
+from qsnap.host.qemu import end_process, find_image_tools, find_processes
 from qsnap.host.runtime import LiveVNE, Runtime
 from qsnap.host.store import Store
 from qsnap.host.tasks import run_all
@@ -42,11 +43,19 @@ async def take_down(vne: str, runtime: Runtime) -> None:
         await remove_netns(live.netns if live else runtime.netns(vne))
         runtime.huge_pages().give_back(vne)
         if live is not None:
-            with suppress(
-                IntegrityError
-            ):  # beside a damaged manifest nothing is garbage for certain; `verify` names it
-                await Store(Path(live.store)).collect(vne)
+            await collect(vne, live.store)
         runtime.forget(vne)
+
+
+async def collect(vne: str, store: str, in_use: Iterable[str] = ()) -> None:
+    """Remove all files of a VNE that neither a snapshot nor `in_use` needs. The caller holds its lock.
+
+    A qemu-img that outlived the qsnap that started it would make its file after that, so it goes first.
+    """
+    images = os.path.abspath(Path(store) / vne)
+    await run_all([partial(end_process, process) for process in find_image_tools(images)])
+    with suppress(IntegrityError):  # beside a damaged manifest nothing is garbage for certain; `verify` names it
+        await Store(Path(store)).collect(vne, in_use)
 
 
 async def _release(live: LiveVNE, runtime: Runtime) -> None:

@@ -17,6 +17,7 @@ from pyroute2 import IPRoute, netns
 
 import qsnap
 from qsnap.host.disks import read_disks
+from qsnap.host.journal import Kind, Operation
 from qsnap.host.netns import run_in_netns
 from qsnap.host.qemu import find_processes
 from qsnap.host.qmp import open_loop, open_qmp
@@ -166,6 +167,26 @@ async def test_snapshot(qemu: str, vms: int, engine: str, cut: str, disks: str, 
         await kill_at_each_step(
             check, place, "snapshot", "lab", "new", f"engine={engine}", f"cut={cut}", f"disks={disks}"
         )
+
+
+async def test_image_tool(place: qsnap.Place, base: Path) -> None:
+    """A qemu-img that outlives the qsnap that started it, and would make its image after all was put right."""
+    base.write_bytes(os.urandom(8 << 20))
+    async with booted(place, base, vms=1, qemu=QEMU_11):
+        late = place.store / "lab/disks/late.qcow2"
+        slow = ["qemu-img", "convert", "-r", "65536", "-O", "qcow2", "-f", "raw", str(base), str(late)]
+        tool = await trio.lowlevel.open_process(slow)
+        try:
+            place.runtime().journal("lab").begin(Operation(Kind.SNAPSHOT, "new"))
+            with trio.fail_after(PATIENCE_S):
+                while not late.exists():
+                    await trio.sleep(0.01)
+                assert await qsnap.recover(place=place) == ("lab",)
+            assert not late.exists()
+            assert not find_processes([str(late)])
+        finally:
+            tool.kill()
+        await check_running(place, 1)
 
 
 @pytest.mark.parametrize("ram", ["map", "eager"])
