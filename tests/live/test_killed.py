@@ -186,6 +186,7 @@ async def test_image_tool(place: qsnap.Place, base: Path) -> None:
             assert not find_processes([str(late)])
         finally:
             tool.kill()
+            await tool.wait()
         await check_running(place, 1)
 
 
