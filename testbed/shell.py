@@ -1,4 +1,4 @@
-"""Commands in a guest with real programs (`scripts/images`), over a virtio serial port: no network of the VNE is touched.
+"""Commands in a guest with real programs (`scripts/images`), over a virtio serial port and no network of the VNE.
 
 A command is sent under a tag, which the guest knows again. So when the connection ends, as it does where a VM is ended
 and restored, the same command is sent once more on the next one, and is still run once in each life of the guest.
