@@ -6,10 +6,10 @@ taken off. The downtime is that of the VMs, their median and the longest. The gu
 engine always `background`: so the pause is the shortest, and the same engine's with either cut and on any hosts.
 
 `stall_ms` is the longest time for which any guest's incoming TCP stream, of 8 Mbit/s and from a guest on another host,
-made no progress while a snapshot was taken: the guests' own byte counters, read every millisecond; `quiet_stall_ms` is
-the same over windows as long in which nothing happens. Both over 30 snapshots with each cut: the median, the 95th
-percentile, the longest. `timeouts` are those of the 30 with a stall of 200 ms or more, which is the least that TCP
-waits before it takes a segment for lost (RTO): what else may have taken that long is counted too.
+made no progress while a snapshot was taken: the guests' own byte counters, read every millisecond. Over 30 snapshots
+with each cut: the median, the 95th percentile, the longest. `timeouts` are the retransmission time-outs that the
+guests' kernels counted, in all of them together. `quiet_stall_ms` and `quiet_timeouts` are the same over windows as
+long in which nothing happens.
 
 `overhead_ms` is from the start of PREPARE to the last answer to COMMIT, less the capture itself: the longest time of
 any VM from the capture's start to its last byte, and on to the last of its files being sealed. What is left are
@@ -37,7 +37,7 @@ from attrs import define, field, frozen
 import qsnap
 from bench.guest import VNE, Guest, describe, ready_guest, temporary_place
 from bench.report import Bar, Options, Report, Row, median, run
-from bench.vne import GUEST, longest_stall_ms
+from bench.vne import GUEST, Disruption, disrupt
 from bench.ways import SNAPSHOT
 from qsnap.fleet.channel import connect
 from qsnap.fleet.coordinator import lead, open_remotes
@@ -53,7 +53,6 @@ from testbed.hosts import hosts_in_namespaces
 
 MEMORY_MIB = 96
 STALLS = 6  #: snapshots for each run where stalls are looked at: 30
-TIMEOUT_MS = 200.0  #: TCP_RTO_MIN (include/net/tcp.h)
 DISCREPANCY_LIMIT_MS = 5.0
 DISRUPTION_LIMIT_MS = 100.0
 DOWNTIME_LIMIT = 1.5  #: times that on one host
@@ -87,12 +86,16 @@ class Taken:
     case: Case
     cut: Cut
     saved: list[Saved] = field(factory=list)
-    stalls_ms: list[float] = field(factory=list)
-    quiet_ms: list[float] = field(factory=list)
+    disruptions: list[Disruption] = field(factory=list)
+    quiet: list[Disruption] = field(factory=list)
+
+    @property
+    def stalls_ms(self) -> list[float]:
+        return [each.stall_ms for each in self.disruptions]
 
     @property
     def timeouts(self) -> int:
-        return sum(stall_ms >= TIMEOUT_MS for stall_ms in self.stalls_ms)
+        return sum(each.timeouts for each in self.disruptions)
 
     @property
     def downtime_ms(self) -> float:
@@ -117,8 +120,9 @@ class Taken:
             "downtime_ms": self.downtime_ms,
             "longest_downtime_ms": median([max(run) for run in self._downtimes]),
             "stall_ms": spread(self.stalls_ms) if looked else None,
-            "quiet_stall_ms": spread(self.quiet_ms) if looked else None,
+            "quiet_stall_ms": spread([each.stall_ms for each in self.quiet]) if looked else None,
             "timeouts": self.timeouts if looked else None,
+            "quiet_timeouts": sum(each.timeouts for each in self.quiet) if looked else None,
             "overhead_ms": median([each.overhead_ms for each in self.saved]),
         }
 
@@ -200,10 +204,10 @@ async def measure(case: Case, runs: int) -> list[Taken]:
             for each in taken:
                 call = partial(fleet.call, save, whole, each.cut)
                 if case.stalls:
-                    _, quiet_ms = await longest_stall_ms(guests, trio.lowlevel.checkpoint)
-                    saved, stall_ms = await longest_stall_ms(guests, call)
-                    each.quiet_ms.append(quiet_ms)
-                    each.stalls_ms.append(stall_ms)
+                    _, quiet = await disrupt(guests, trio.lowlevel.checkpoint)
+                    saved, disruption = await disrupt(guests, call)
+                    each.quiet.append(quiet)
+                    each.disruptions.append(disruption)
                 else:
                     saved = await call()
                 each.saved.append(saved)
@@ -222,7 +226,7 @@ def judge(taken: Sequence[Taken]) -> list[Bar]:
             ratio = round(each.downtime_ms / together[each.cut].downtime_ms, 2)
             bars.append(Bar(f"downtime over that on one host, {what}", ratio, DOWNTIME_LIMIT))
         if each.case.stalls and each.cut is Cut.BARRIER:
-            bars.append(Bar(f"stalls as long as a TCP time-out, {what}", each.timeouts, 0))
+            bars.append(Bar(f"TCP retransmission time-outs, {what}", each.timeouts, 0))
         if each.case.stalls and each.cut is Cut.COLOUR:
             bars.append(Bar(f"stall in ms, 95th percentile, {what}", percentile(each.stalls_ms), DISRUPTION_LIMIT_MS))
     return bars

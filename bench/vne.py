@@ -3,9 +3,10 @@
 `discrepancy_ms` is from the first VM's STOP to the last one's; the downtime is that of the VMs, their median and the
 longest. `stall_ms` is the longest time for which any guest's incoming TCP stream, of 8 Mbit/s, made no progress while
 the snapshot was taken: the guests' own byte counters, read every millisecond. It holds the VM's downtime, its peer's
-and whatever TCP lost by them. `quiet_stall_ms` is the same over windows as long in which nothing happens. The guests'
-memory is in huge pages, so that the engine is the same with either cut. Medians of at least 5 runs, the cuts taking
-turns.
+and whatever TCP lost by them. `timeouts` are the retransmission time-outs that the guests' kernels counted meanwhile,
+in all runs together. `quiet_stall_ms` and `quiet_timeouts` are the same over windows as long in which nothing
+happens. The guests' memory is in huge pages, so that the engine is the same with either cut. Medians of at least 5
+runs, the cuts taking turns.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from functools import partial
 from typing import TypeVar
 
 import trio
-from attrs import define, field
+from attrs import define, field, frozen
 
 import qsnap
 from bench.guest import VNE, Guest, running_guests, temporary_place
@@ -28,7 +29,7 @@ from bench.probe import Probe
 from bench.report import Options, Report, Row, median, run
 from bench.ways import SNAPSHOT
 from qsnap.model import Backing, Cut, Snapshot
-from testbed.state import STREAM_WORDS, STREAMS_AT
+from testbed.state import SCALARS, SCALARS_AT, STREAM_WORDS, STREAMS_AT
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ VMS = (2, 4, 8, 16)
 MEMORY_MIB = 96
 GUEST = {"dirty_mb": 16, "rate_mb": 10, "udp": 20, "tcp": 1, "tcp_kbps": 8000}
 INCOMING_BYTES_AT = STREAMS_AT + STREAM_WORDS + 2  #: testbed/guest/state.h
+TIMEOUTS_AT = SCALARS_AT + SCALARS.index("timeouts")
 LOOK_S = 0.001
 WINDOW_S = 1.5
 
@@ -72,13 +74,21 @@ class Stalls:
             thread.join()
 
 
+@frozen
+class Disruption:
+    """What guests felt: the longest that a TCP stream stood still, and how many retransmissions timed out."""
+
+    stall_ms: float
+    timeouts: int
+
+
 @define
 class Taken:
     """All runs with one cut."""
 
     saved: list[Snapshot] = field(factory=list)
-    stalls_ms: list[float] = field(factory=list)
-    quiet_ms: list[float] = field(factory=list)
+    disruptions: list[Disruption] = field(factory=list)
+    quiet: list[Disruption] = field(factory=list)
 
     def row(self, vms: int, cut: Cut) -> Row:
         """One line of the table."""
@@ -90,31 +100,38 @@ class Taken:
             "discrepancy_ms": median([snapshot.discrepancy_ms for snapshot in self.saved]),
             "downtime_ms": median([statistics.median(run) for run in downtimes]),
             "longest_downtime_ms": median([max(run) for run in downtimes]),
-            "stall_ms": median(self.stalls_ms),
-            "quiet_stall_ms": median(self.quiet_ms),
+            "stall_ms": median([each.stall_ms for each in self.disruptions]),
+            "quiet_stall_ms": median([each.stall_ms for each in self.quiet]),
+            "timeouts": sum(each.timeouts for each in self.disruptions),
+            "quiet_timeouts": sum(each.timeouts for each in self.quiet),
         }
 
 
-async def longest_stall_ms(guests: Sequence[Guest], action: Callable[[], Awaitable[T]]) -> tuple[T, float]:
-    """The action's result, and the longest stall in a window that begins with it."""
-    stalls = Stalls([guest.probe for guest in guests])
+async def disrupt(guests: Sequence[Guest], action: Callable[[], Awaitable[T]]) -> tuple[T, Disruption]:
+    """The action's result, and what the guests felt in a window that begins with it."""
+    stalls, timeouts = Stalls([guest.probe for guest in guests]), count_timeouts(guests)
     with stalls.watched():
         ends_s = trio.current_time() + WINDOW_S
         result = await action()
         await trio.sleep_until(max(ends_s, trio.current_time()))
-    return result, stalls.longest_s * 1e3
+    return result, Disruption(stalls.longest_s * 1e3, count_timeouts(guests) - timeouts)
+
+
+def count_timeouts(guests: Sequence[Guest]) -> int:
+    """All that there have been; a guest's own count is up to 64 ms behind."""
+    return sum(guest.probe.word(TIMEOUTS_AT) for guest in guests)
 
 
 async def measure(guests: Sequence[Guest], cuts: dict[Cut, Taken], place: qsnap.Place) -> None:
     """One snapshot with each cut, each after a quiet window."""
     for cut, taken in cuts.items():
-        _, quiet_ms = await longest_stall_ms(guests, trio.lowlevel.checkpoint)
+        _, quiet = await disrupt(guests, trio.lowlevel.checkpoint)
         save = partial(qsnap.snapshot, VNE, SNAPSHOT, cut=cut, place=place)
-        saved, stall_ms = await longest_stall_ms(guests, save)
+        saved, disruption = await disrupt(guests, save)
         await qsnap.remove(VNE, SNAPSHOT, place=place)
         taken.saved.append(saved)
-        taken.stalls_ms.append(stall_ms)
-        taken.quiet_ms.append(quiet_ms)
+        taken.disruptions.append(disruption)
+        taken.quiet.append(quiet)
 
 
 async def benchmark(options: Options) -> Report:

@@ -25,7 +25,7 @@ from qsnap.errors import QsnapError
 PAGE_BYTES = 4096
 PAGE_WORDS = PAGE_BYTES // 8
 MAX_PEERS = 16
-STATE_VERSION = 1
+STATE_VERSION = 2
 GENERATIONS = 504  #: entries of one table page
 BODY_WORDS = PAGE_WORDS - 8
 STATE_MAGIC = b"QSNAP guest stat"
@@ -41,7 +41,7 @@ Image: TypeAlias = FilePath | tuple[FilePath, ...] | bytes | bytearray | memoryv
 
 SCALARS = (
     "ready", "ticks", "uptime_ms", "touched", "touching", "stamp_errors", "send_errors",
-    "stream_errors", "streams_completed", "streams_matched", "worked",
+    "stream_errors", "streams_completed", "streams_matched", "worked", "timeouts",
 )  # fmt: skip
 PER_PEER = ("sent", "received", "highest", "duplicates", "reordered", "skipped", "stale", "foreign")
 SCALARS_AT, PER_PEER_AT = 8, 24
@@ -107,7 +107,8 @@ class GuestState:
     foreign: tuple[int, ...]
     outgoing: StreamState
     incoming: StreamState
-    worked: int = 0  #: only in an image
+    worked: int = 0  #: only in an image, as the next
+    timeouts: int = 0  #: retransmissions of TCP for want of an answer in time
 
     @classmethod
     def from_json(cls, answer: dict[str, Any]) -> GuestState:

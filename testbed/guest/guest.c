@@ -62,6 +62,7 @@ static void tick(uint64_t now) {
     publish(&state->uptime_ms, now / 1000000);
     announce_ready();
     stamps_report();
+    if (state->ticks % 64 == 0) tcp_count_timeouts();
 }
 
 static void loop(void) {

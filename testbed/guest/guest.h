@@ -60,6 +60,7 @@ void tcp_poll_fds(struct pollfd *fds);
 void tcp_work(const struct pollfd *fds, uint64_t elapsed_ns);
 void tcp_finish(void);
 bool tcp_finished(void);
+void tcp_count_timeouts(void);
 enum { TCP_FDS = 3 };
 
 /* console.c */

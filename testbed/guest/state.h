@@ -11,6 +11,7 @@
  *
  *   sent[j]      is raised before the datagram is handed to the kernel, received[j] after it was taken from it;
  *                `sent` is also the sequence number, so the receiver's highest[] never exceeds the sender's sent[].
+ *   timeouts     is the kernel's count of TCP retransmission time-outs, a little late.
  *   stream.bytes of a sender is raised before write(), of a receiver after read().
  *   a stamp      is rewritten in the order: state.touching, head.generation, head.mix, tail.generation, tail.mix,
  *                table entry, state.touched. So only page `touching` may differ from its table entry, and then
@@ -24,7 +25,7 @@
 
 #include <stdint.h>
 
-enum { PAGE_BYTES = 4096, PAGE_WORDS = PAGE_BYTES / 8, MAX_PEERS = 16, STATE_VERSION = 1, GENERATIONS = 504 };
+enum { PAGE_BYTES = 4096, PAGE_WORDS = PAGE_BYTES / 8, MAX_PEERS = 16, STATE_VERSION = 2, GENERATIONS = 504 };
 
 #define STATE_MAGIC "QSNAP guest stat"
 #define TABLE_MAGIC "QSNAP guest tabl"
@@ -61,7 +62,7 @@ struct state {
     uint64_t version, nonce, id, peers, stamp_pages, check;
 
     uint64_t ready, ticks, uptime_ms, touched, touching, stamp_errors, send_errors;
-    uint64_t stream_errors, streams_completed, streams_matched, worked, reserved[5];
+    uint64_t stream_errors, streams_completed, streams_matched, worked, timeouts, reserved[4];
 
     /* Indexed by peer id - 1. skipped: numbers jumped over (lost or late), reordered: of those, what came after all,
      * duplicates: seen twice, stale: too old to tell, foreign: from another boot of that peer. */

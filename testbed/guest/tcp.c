@@ -4,7 +4,9 @@
 #define _GNU_SOURCE /* accept4 */
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -242,6 +244,22 @@ void tcp_work(const struct pollfd *fds, uint64_t elapsed_ns) {
     if (out.shown->phase <= STREAM_OPENING) try_connect();
     else if (!settled(&out)) keep_sending();
 }
+
+/* A counter of the kernel's; its file has a row of names, and one of numbers below. */
+static uint64_t netstat(const char *name) {
+    static char text[8192];
+    char *rows[2], *rest = text, *keys, *values, *key, *value;
+    int fd = open("/proc/net/netstat", O_RDONLY | O_CLOEXEC);
+    ssize_t length = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
+    if (fd >= 0) close(fd);
+    text[length > 0 ? length : 0] = 0;
+    for (int i = 0; i < 2; i++) rows[i] = strsep(&rest, "\n");
+    for (keys = rows[0], values = rows[1]; (key = strsep(&keys, " ")) && (value = strsep(&values, " "));)
+        if (!strcmp(key, name)) return strtoull(value, NULL, 10);
+    return 0;
+}
+
+void tcp_count_timeouts(void) { publish(&state->timeouts, netstat("TCPTimeouts")); }
 
 void tcp_finish(void) { finishing = true; }
 
