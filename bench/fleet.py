@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
@@ -35,7 +34,7 @@ import trio
 from attrs import define, field, frozen
 
 import qsnap
-from bench.guest import VNE, Guest, describe, ready_guest, temporary_place
+from bench.guest import VNE, Guest, describe, memory_directory, ready_guest, temporary_place
 from bench.report import Bar, Options, Report, Row, median, run
 from bench.vne import GUEST, Disruption, disrupt
 from bench.ways import SNAPSHOT
@@ -141,14 +140,14 @@ def spread(values: Sequence[float]) -> str:
 async def running_fleet(case: Case) -> AsyncIterator[tuple[Fleet, qsnap.VNE, list[Guest]]]:
     """The hosts with their agents, the VNE on them, and its guests at work."""
     names = [f"host{number}" for number in range(1, case.hosts + 1)]
-    with temporary_place() as place, tempfile.TemporaryDirectory(prefix="qsnap-bench-", dir="/dev/shm") as root:
+    with temporary_place() as place, memory_directory() as root:
         async with (
             hosts_in_namespaces([*names, INITIATOR]) as hosts,
-            open_fleet(Path(root), hosts) as fleet,
+            open_fleet(root, hosts) as fleet,
             AsyncExitStack() as stack,
         ):
             whole = fleet.spread(describe(place, vms=case.vms, memory_mib=MEMORY_MIB, backing=Backing.HUGETLB, **GUEST))
-            stack.enter_context(reserved(whole, Path(root)))
+            stack.enter_context(reserved(whole, root))
             status = await fleet.call(qsnap.up, whole)
             stack.push_async_callback(end, fleet)
             guests = []

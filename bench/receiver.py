@@ -16,7 +16,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -27,7 +26,7 @@ import numpy as np
 import trio
 from attrs import define
 
-from bench.guest import VNE, Guest, running_guests, temporary_place
+from bench.guest import VNE, Guest, memory_directory, running_guests, temporary_place
 from bench.report import Bar, Options, Report, Row, median, run
 from bench.ways import PIPE_BYTES, Way, by_qsnap, migrate_into_null, read_all
 from qsnap.host.capture import BACKGROUND_CAPABILITIES
@@ -146,11 +145,11 @@ async def measure_generated(
 
 async def receive(pieces: list[bytes], memory_mib: int, peak: Peak) -> float:
     """Milliseconds from the first byte to the receiver's last word."""
-    with tempfile.TemporaryDirectory(prefix="qsnap-bench-", dir="/dev/shm") as directory:
-        async with trio.open_nursery() as nursery, peak.watched(directory):
+    with memory_directory() as directory:
+        async with trio.open_nursery() as nursery, peak.watched(str(directory)):
             opened = open_daemon(
                 nursery,
-                Path(directory),
+                directory,
                 vm="generated",
                 backed=(RAM_ID,),
                 ram_limit_bytes=memory_mib << 20,
