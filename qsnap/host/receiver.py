@@ -50,6 +50,7 @@ from qsnap.wire.stream import StreamReader
 
 _PIPE_BYTES = (4 << 20, 1 << 20)  #: sizes to ask for; the second is what an ordinary user may have
 _PROGRESS_S = 0.1
+_GIVE_WAY_S = 0.004  #: the VM waits for `cont`, QEMU's main thread for a processor; the pipe has room meanwhile
 _DISCARD_BYTES = 1 << 20
 #: Device state of ordinary machines is below 1 MB; some display and assigned devices keep their memory in it.
 _TAIL_LIMIT_BYTES = 1 << 30
@@ -238,6 +239,7 @@ class Receiver:
             if isinstance(event, PageRun | ZeroRun) and not self._tracking:
                 self._tracking = True
                 self._status.send("tracking")
+                time.sleep(_GIVE_WAY_S)
             self._snapshot.apply(event)
 
     def _receive_more(self) -> None:
