@@ -5,7 +5,7 @@ host. `discrepancy_ms` is from the first VM's STOP to the last one's, on one clo
 taken off. The downtime is that of the VMs, their median and the longest. The guests' memory is in huge pages and the
 engine always `background`: so the pause is the shortest, and the same engine's with either cut and on any hosts.
 
-`stall_ms` is the longest time for which any guest's incoming TCP stream, of 8 Mbit/s and from a guest on another host,
+`stall_ms` is the longest time for which any guest's incoming TCP stream, of 4 Mbit/s and from a guest on another host,
 made no progress while a snapshot was taken: the guests' own byte counters, read every millisecond. Over 30 snapshots
 with each cut: the median, the 95th percentile, the longest. `timeouts` are the retransmission time-outs that the
 guests' kernels counted, in all of them together. `quiet_stall_ms` and `quiet_timeouts` are the same over windows as
@@ -36,7 +36,7 @@ from attrs import define, field, frozen
 import qsnap
 from bench.guest import VNE, Guest, describe, memory_directory, ready_guest, temporary_place
 from bench.report import Bar, Options, Report, Row, median, run
-from bench.vne import GUEST, Disruption, disrupt
+from bench.vne import Disruption, disrupt
 from bench.ways import SNAPSHOT
 from qsnap.fleet.channel import connect
 from qsnap.fleet.coordinator import lead, open_remotes
@@ -51,6 +51,7 @@ from testbed.fleet import INITIATOR, Fleet, open_fleet
 from testbed.hosts import hosts_in_namespaces
 
 MEMORY_MIB = 96
+GUEST = {"dirty_mb": 16, "rate_mb": 2, "udp": 5, "tcp": 1, "tcp_kbps": 4000}  #: eight leave the processors some time
 STALLS = 6  #: snapshots for each run where stalls are looked at: 30
 DISCREPANCY_LIMIT_MS = 5.0
 DISRUPTION_LIMIT_MS = 100.0

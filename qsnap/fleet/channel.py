@@ -20,7 +20,7 @@ from qsnap.fleet.identity import Identity, Peer, adopt_crl, load_identity, peer_
 from qsnap.fleet.tls import FAREWELL_S, certificate_of, secure, translated
 from qsnap.host.tasks import one_error
 from qsnap.model import Host
-from qsnap.wire.frames import Frame, FrameKind, FrameReader, encode_frame
+from qsnap.wire.frames import Frame, FrameKind, FrameReader, PartJoiner, encode_frame, split_message
 from qsnap.wire.messages import (
     CAPABILITIES,
     VERSION,
@@ -75,7 +75,7 @@ class Connection:
 
     async def send(self, message: Message) -> None:
         """Send a message. Raises ConnectionLostError if the connection is lost."""
-        await self._send(Frame(FrameKind.MESSAGE, encode_message(message)))
+        await self._send(*split_message(encode_message(message)))
 
     async def send_data(self, data: bytes) -> None:
         """Send bytes as they are, at most 1 MiB. Raises ConnectionLostError if the connection is lost."""
@@ -123,8 +123,8 @@ class Connection:
             raise item.error()
         return item
 
-    async def _send(self, frame: Frame) -> None:
-        data = encode_frame(frame)
+    async def _send(self, *frames: Frame) -> None:
+        data = b"".join(map(encode_frame, frames))
         async with self._sending:
             if self._failure is not None:
                 raise self._failure
@@ -182,7 +182,7 @@ class Connection:
             await trio.aclose_forcefully(self._stream)  # whoever is sending need not wait
 
     async def _take_frames(self) -> None:
-        reader = FrameReader()
+        reader, joiner = FrameReader(), PartJoiner()
         while True:
             with trio.fail_after(LOST_S):
                 data = await self._stream.receive_some()
@@ -192,7 +192,10 @@ class Connection:
                 return
             reader.receive_data(data)
             while frame := reader.next_frame():
-                item = frame.body if frame.kind is FrameKind.DATA else decode_message(frame.body)
+                whole = joiner.join(frame)
+                if whole is None:
+                    continue
+                item = whole.body if whole.kind is FrameKind.DATA else decode_message(whole.body)
                 if not isinstance(item, Ping):
                     await self._arrived.send(item)
 

@@ -1,4 +1,7 @@
-"""Frames between hosts: u8 kind, u32 length (big-endian), body. Messages are JSON, data are bytes as they are."""
+"""Frames between hosts: u8 kind, u32 length (big-endian), body. Messages are JSON, data are bytes as they are.
+
+A long message is several frames: parts of it, and the last part as a frame of the kind MESSAGE.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,12 @@ class FrameKind(Enum):
 
     MESSAGE = 1
     DATA = 2
+    PART = 3
 
 
-LIMITS_BYTES = {FrameKind.MESSAGE: 4 << 20, FrameKind.DATA: 1 << 20}  #: the longest body of each kind
+#: the longest body of each kind
+LIMITS_BYTES = {FrameKind.MESSAGE: 4 << 20, FrameKind.DATA: 1 << 20, FrameKind.PART: 4 << 20}
+MESSAGE_LIMIT_BYTES = 64 << 20  #: the longest message, all its parts together
 
 
 @frozen
@@ -67,6 +73,40 @@ class FrameReader:
         body = bytes(memoryview(self._buffer)[_HEAD.size : end])
         del self._buffer[:end]
         return Frame(kind, body)
+
+
+def split_message(body: bytes) -> list[Frame]:
+    """The frames of a message. ProtocolError if it is longer than messages may be."""
+    _check_message(len(body))
+    size = LIMITS_BYTES[FrameKind.PART]
+    ends = range(size, len(body), size)
+    parts = [Frame(FrameKind.PART, body[end - size : end]) for end in ends]
+    return [*parts, Frame(FrameKind.MESSAGE, body[len(parts) * size :])]
+
+
+class PartJoiner:
+    """Puts long messages together again."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def join(self, frame: Frame) -> Frame | None:
+        """A frame of data or of a whole message; None for a part of one. Raises ProtocolError where they do not fit."""
+        if frame.kind is FrameKind.DATA:
+            if self._parts:
+                raise ProtocolError("data came in the middle of a message")
+            return frame
+        self._parts.append(frame.body)
+        _check_message(sum(map(len, self._parts)))
+        if frame.kind is FrameKind.PART:
+            return None
+        body, self._parts = b"".join(self._parts), []
+        return Frame(FrameKind.MESSAGE, body)
+
+
+def _check_message(length: int) -> None:
+    if length > MESSAGE_LIMIT_BYTES:
+        raise ProtocolError(f"a message of {length} bytes; they have at most {MESSAGE_LIMIT_BYTES}")
 
 
 def _check_length(kind: FrameKind, length: int) -> None:

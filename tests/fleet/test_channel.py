@@ -25,7 +25,18 @@ from qsnap.fleet.tls import secure
 from qsnap.host.tasks import one_error
 from qsnap.model import Host
 from qsnap.wire.frames import Frame, FrameKind, FrameReader, encode_frame
-from qsnap.wire.messages import VERSION, ClockProbe, ClockReply, Hello, Message, Ping, Refused, Welcome, decode_message
+from qsnap.wire.messages import (
+    VERSION,
+    ClockProbe,
+    ClockReply,
+    Hello,
+    Message,
+    Names,
+    Ping,
+    Refused,
+    Welcome,
+    decode_message,
+)
 from qsnap.wire.messages import encode_message as encode
 
 MemoryStream = trio.StapledStream[MemorySendStream, MemoryReceiveStream]
@@ -174,6 +185,18 @@ async def test_a_refusal_comes_between_data_too(ca: Path, alpha: Identity) -> No
         assert await connection.receive_data() == b"half"
         with pytest.raises(IntegrityError, match="ram: altered"):
             await connection.receive_data()
+
+
+async def test_a_message_longer_than_a_frame(ca: Path, alpha: Identity) -> None:
+    names = Names(tuple(f"{number:01000}" for number in range(9000)))
+
+    async def tell(connection: Connection) -> None:
+        await connection.send(names)
+        await connection.send_data(b"behind it")
+
+    async with serving(ca / "beta.pem", tell) as beta, connect(beta, alpha) as connection:
+        assert await connection.receive() == names
+        assert await connection.receive_data() == b"behind it"
 
 
 async def test_what_comes_is_what_was_asked_for(ca: Path, alpha: Identity) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from struct import pack
 
@@ -10,9 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsnap.errors import ProtocolError
-from qsnap.wire.frames import LIMITS_BYTES, Frame, FrameKind, FrameReader, encode_frame
+from qsnap.wire.frames import (
+    LIMITS_BYTES,
+    MESSAGE_LIMIT_BYTES,
+    Frame,
+    FrameKind,
+    FrameReader,
+    PartJoiner,
+    encode_frame,
+    split_message,
+)
 
-MESSAGE, DATA = FrameKind.MESSAGE, FrameKind.DATA
+MESSAGE, DATA, PART = FrameKind.MESSAGE, FrameKind.DATA, FrameKind.PART
+PART_BYTES = LIMITS_BYTES[PART]
 FRAMES = [
     (Frame(MESSAGE, b"{}"), b"\1\0\0\0\2{}"),
     (Frame(DATA, b""), b"\2\0\0\0\0"),
@@ -55,7 +66,7 @@ def test_with_more_behind_it(frame: Frame, data: bytes) -> None:
     assert read([data * 3]) == [frame] * 3
 
 
-@pytest.mark.parametrize("kind", [0, 3, 22, 0x47, 255])
+@pytest.mark.parametrize("kind", [0, 4, 22, 0x47, 255])
 def test_an_unknown_kind(kind: int) -> None:
     with pytest.raises(ProtocolError, match=f"a frame of the unknown kind {kind}"):
         read([pack(">BI", kind, 0)])
@@ -79,6 +90,45 @@ def test_frames_before_a_fault_are_read() -> None:
     assert reader.next_frame() == FRAMES[0][0]
     with pytest.raises(ProtocolError):
         reader.next_frame()
+
+
+@pytest.mark.parametrize(
+    ("length", "kinds"),
+    [
+        (0, [MESSAGE]),
+        (PART_BYTES, [MESSAGE]),
+        (PART_BYTES + 1, [PART, MESSAGE]),
+        (2 * PART_BYTES, [PART, MESSAGE]),
+        (2 * PART_BYTES + 5, [PART, PART, MESSAGE]),
+    ],
+)
+def test_a_long_message_in_parts(length: int, kinds: list[FrameKind]) -> None:
+    body = random.Random(length).randbytes(length)
+    sent = split_message(body)
+    assert [frame.kind for frame in sent] == kinds
+    joiner = PartJoiner()
+    for _ in range(2):
+        *parts, whole = map(joiner.join, read([b"".join(map(encode_frame, sent))]))
+        assert parts == [None] * (len(kinds) - 1)
+        assert whole == Frame(MESSAGE, body)
+        assert joiner.join(Frame(DATA, b"x")) == Frame(DATA, b"x")
+
+
+def test_data_in_the_middle_of_a_message() -> None:
+    joiner = PartJoiner()
+    joiner.join(Frame(PART, b"{"))
+    with pytest.raises(ProtocolError, match="data came in the middle of a message"):
+        joiner.join(Frame(DATA, b"x"))
+
+
+def test_a_message_that_is_too_long() -> None:
+    with pytest.raises(ProtocolError, match=f"a message of {MESSAGE_LIMIT_BYTES + 1} bytes"):
+        split_message(bytes(MESSAGE_LIMIT_BYTES + 1))
+    joiner, part = PartJoiner(), Frame(PART, bytes(PART_BYTES))
+    for _ in range(MESSAGE_LIMIT_BYTES // PART_BYTES):
+        assert joiner.join(part) is None
+    with pytest.raises(ProtocolError, match=f"they have at most {MESSAGE_LIMIT_BYTES}"):
+        joiner.join(part)
 
 
 frames = st.builds(Frame, st.sampled_from(FrameKind), st.binary(max_size=40))
