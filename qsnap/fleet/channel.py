@@ -7,6 +7,7 @@ Each side is silent for no longer than HEARTBEAT_S; one that hears nothing for L
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -169,7 +170,8 @@ class Connection:
     async def _listen(self) -> None:
         with self._arrived:
             try:
-                await self._take_frames()
+                with trio.fail_after(LOST_S) as patience:
+                    await self._take_frames(patience)
             except ProtocolError as error:
                 error.where = self._where
                 self._lose(error)
@@ -181,11 +183,12 @@ class Connection:
                 self._lose(translated(error, self.peer.name))
             await trio.aclose_forcefully(self._stream)  # whoever is sending need not wait
 
-    async def _take_frames(self) -> None:
+    async def _take_frames(self, patience: trio.CancelScope) -> None:
         reader, joiner = FrameReader(), PartJoiner()
         while True:
-            with trio.fail_after(LOST_S):
-                data = await self._stream.receive_some()
+            patience.deadline = trio.current_time() + LOST_S
+            data = await self._stream.receive_some()
+            patience.deadline = math.inf  # what follows may take as long as it likes
             if not data:
                 advice = "See the log of its agent."
                 self._lose(ConnectionLostError("it has closed the connection", where=self._where, advice=advice))
