@@ -7,18 +7,13 @@ import os
 import shutil
 import signal
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import trio
 from attrs import define, field
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import qsnap
 from qsnap.model import VMSnapshot, version_text
@@ -35,9 +30,9 @@ from testbed.proofs import (
     read_cut,
     require,
 )
+from testbed.screen import Screen
 from testbed.state import GuestState
-
-T = TypeVar("T")
+from testbed.tasks import together
 
 ROOT = Path(__file__).resolve().parents[1]
 DESCRIPTION = ROOT / "scenarios/demo/vne.toml"
@@ -48,44 +43,6 @@ TRAFFIC_S = 3.0  #: before the snapshot, so that there is something to lose
 RUN_ON_S = 2.0  #: between the snapshot and the kill, and again after the restore
 READY_S = 120.0
 DEADLINE_S = 60.0
-COLUMNS = 110
-
-
-class Screen:
-    """What is shown: steps with a mark and a time. On a terminal the step under way turns a spinner."""
-
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, markup=False, emoji=False)
-        if not self.console.is_terminal:
-            self.console.width = COLUMNS
-
-    def say(self, text: str = "", style: str = "") -> None:
-        """A line."""
-        self.console.print(Text(text, style=style))
-
-    @contextmanager
-    def step(self, doing: str) -> Iterator[list[str]]:
-        """A step that takes time. What is put in the list replaces its text once it is done."""
-        done: list[str] = []
-        started_s = time.monotonic()
-        with self.console.status(doing):
-            yield done
-        self.mark("".join(done) or doing, f"{time.monotonic() - started_s:.1f} s")
-
-    def mark(self, text: str, aside: str = "") -> None:
-        """Something that is done or holds, and a remark in grey behind it."""
-        line = Text.assemble((" ✓ ", "bold green"), text, (f"  {aside}" if aside else "", "dim"))
-        self.console.print(line, soft_wrap=True)
-
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A small table below a step."""
-        table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-        table.add_column("  ")
-        for number, title in enumerate(header):
-            table.add_column(title, justify="right" if number else "left", no_wrap=True)
-        for row in rows:
-            table.add_row("", *row)
-        self.console.print(table)
 
 
 @define
@@ -244,19 +201,6 @@ class Demo:
         async with AsyncExitStack() as stack:
             paths = [qsnap.console_path(self.vne.name, vm.name, place=self.place) for vm in self.vne.vms]
             yield [await stack.enter_async_context(GuestConsole(path)) for path in paths]
-
-
-async def together(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
-    """Run all side by side; what they return, in order."""
-    results: dict[int, T] = {}
-
-    async def run(index: int, call: Callable[[], Awaitable[T]]) -> None:
-        results[index] = await call()
-
-    async with trio.open_nursery() as nursery:
-        for index, call in enumerate(calls):
-            nursery.start_soon(run, index, call)
-    return [result for _, result in sorted(results.items())]
 
 
 def describe(status: qsnap.VNEStatus) -> str:

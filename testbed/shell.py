@@ -7,12 +7,15 @@ and restored, the same command is sent once more on the next one, and is still r
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import partial
 from types import TracebackType
 from uuid import uuid4
 
 import trio
 from attrs import frozen
+
+from testbed.tasks import together
 
 PORT = "agent"
 POLL_S = 0.05
@@ -137,14 +140,6 @@ class GuestShell:
         return self._stream
 
 
-async def run_everywhere(shells: Sequence[GuestShell], command: str, *, limit_s: float = 60.0) -> list[str]:
+async def run_everywhere(shells: Iterable[GuestShell], command: str, *, limit_s: float = 60.0) -> list[str]:
     """The same command in several guests side by side; what they print, in order."""
-    results = [""] * len(shells)
-
-    async def run(index: int, shell: GuestShell) -> None:
-        results[index] = await shell.run(command, limit_s=limit_s)
-
-    async with trio.open_nursery() as nursery:
-        for index, shell in enumerate(shells):
-            nursery.start_soon(run, index, shell)
-    return results
+    return await together(partial(shell.run, command, limit_s=limit_s) for shell in shells)

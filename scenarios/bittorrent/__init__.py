@@ -1,0 +1,1 @@
+"""A BitTorrent swarm, saved while it downloads."""

@@ -1,0 +1,68 @@
+"""What a scenario is: guests, work for them, and a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from attrs import evolve, frozen
+
+import qsnap
+from scenarios.history import Finding, History
+from testbed.shell import GuestShell
+
+HERE = Path(__file__).resolve().parent
+
+
+class Workload(Protocol):
+    """Programs at work in guests. All of it goes on by itself: a call looks at it, or sets it going."""
+
+    async def start(self) -> None:
+        """Prepare the guests and begin."""
+
+    async def progress(self) -> dict[str, float]:
+        """How far each guest has come, from 0 to 1: the work is at its end when all say 1."""
+
+    async def outcome(self) -> Any:
+        """What came of it; the scenario's own value, which its check knows."""
+
+    async def spoil(self) -> None:
+        """Damage what was made, as little as can be, so that the check has something to find."""
+
+    async def logs(self) -> dict[str, str]:
+        """What the programs said, by guest, for the case that they fail."""
+
+
+@frozen
+class Scenario:
+    """A workload on a VNE, and what is claimed of it. `make` gets the guests' shells and whether the run is short."""
+
+    name: str
+    claim: str
+    make: Callable[[Mapping[str, GuestShell], bool], Workload]
+    check: Callable[[History[Any]], tuple[Finding, ...]]
+    fewest_vms: int
+    short_vms: int
+
+    def vne(self, vms: int = 0) -> qsnap.VNE:
+        """What vne.toml describes, or the first VMs of it. Raises ConfigError if that is too few or more than all."""
+        whole = qsnap.load_description(HERE / self.name / "vne.toml")
+        if vms and not self.fewest_vms <= vms <= len(whole.vms):
+            message = f"{self.name} runs on {self.fewest_vms} to {len(whole.vms)} VMs, not on {vms}"
+            raise qsnap.ConfigError(message, file=f"scenarios/{self.name}/vne.toml", line=0, key="")
+        return evolve(whole, vms=whole.vms[: vms or None])
+
+
+def names() -> list[str]:
+    """The scenarios that there are."""
+    return sorted(path.parent.name for path in HERE.glob("*/workload.py"))
+
+
+def load(name: str) -> Scenario:
+    """A scenario by name; KeyError where there is none."""
+    if name not in names():
+        raise KeyError(name)
+    scenario: Scenario = import_module(f"scenarios.{name}.workload").SCENARIO
+    return scenario
