@@ -10,7 +10,7 @@ from typing import Any
 from scenarios.history import Run, Way
 
 WIDTH, HEIGHT = 960, 300
-LEFT, RIGHT, TOP, BOTTOM = 48, 16, 16, 32
+LEFT, RIGHT, TOP, BOTTOM = 56, 24, 16, 32
 TICKS = 8
 
 
@@ -87,6 +87,5 @@ def _line(run: Run[Any], begin_s: float, longest_s: float) -> str:
     if run.way is Way.RESTORED:
         x, y = points.split(" ", 1)[0].split(",")
         dots = f'<circle class="line-{run.way.value}" cx="{x}" cy="{y}" r="4"/>'
-    return (
-        f'<polyline class="line-{run.way.value}" points="{points}"><title>{escape(run.title)}</title></polyline>{dots}'
-    )
+    line = f'<polyline class="line-{run.way.value}" fill="none" points="{points}">'
+    return f"{line}<title>{escape(run.title)}</title></polyline>{dots}"

@@ -20,12 +20,12 @@ def check_history(history: History[T]) -> tuple[Finding, ...]:
         Finding(
             "Every snapshot was taken in the middle of the work.",
             tuple(_outside(history)),
-            ", ".join(f"{run.origin} before {run.samples[0].mean:.0%}" for run in history.restored),
+            ", ".join(f"{run.samples[0].mean:.0%} done when {run.origin} was restored" for run in history.restored),
         ),
         Finding(
             "Every restored guest is the one that was saved: the same boot, as far as it had come by then.",
             tuple(fault for run in history.restored for fault in _other_guests(history.snapshotted, run)),
-            ", ".join(f"{each.name} after {each.before.mean:.0%}" for each in history.snapshotted.saved),
+            ", ".join(f"{each.before.mean:.0%} done before {each.name}" for each in history.snapshotted.saved),
         ),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import cycle, islice
 from pathlib import Path
@@ -20,12 +20,12 @@ from scenarios.history import Finding, History, Run, Sample, Saved, Way
 from scenarios.lab import Lab, open_lab
 from scenarios.scenario import Scenario, Workload
 from testbed.screen import Screen
-from testbed.shell import GuestShellError
+from testbed.shell import GuestShell, GuestShellError
 
 ENGINES = (qsnap.Engine.BACKGROUND, qsnap.Engine.PRECOPY, qsnap.Engine.RECORD)
 WORK_S = 240.0
 POLL_S = 0.5
-LOGS_S = 30.0
+LOGS_S = 10.0
 
 
 @frozen
@@ -88,11 +88,11 @@ async def run_scenario(scenario: Scenario, options: Options, screen: Screen) -> 
     failure = None
     try:
         await course.run()
-    except Exception as error:
+    except Exception:
         if course.failure is None:
             raise
         failure = course.failure
-        screen.fault(str(error))
+        screen.fault(failure.message)
     took_s = trio.current_time() - begun_s
     result = (scenario.name, scenario.claim, vne, options, started_s, took_s, tuple(course.runs))
     if failure is not None:
@@ -140,7 +140,7 @@ class Course:
                 try:
                     yield lab, workload
                 except Exception as error:
-                    self.failure = Failure(_text(error), lab.consoles(), await _logs(workload))
+                    self.failure = Failure(_text(error), lab.consoles(), await _logs(workload, lab.shells))
                     raise
 
     async def uninterrupted(self, lab: Lab, workload: Workload) -> Run[Any]:
@@ -221,14 +221,20 @@ def _describe(taken: qsnap.Snapshot, before: Sample, after: Sample) -> Saved:
     )
 
 
-async def _logs(workload: Workload) -> dict[str, str]:
-    """The workload's logs, where its guests still answer."""
-    with trio.move_on_after(LOGS_S):
+async def _logs(workload: Workload, shells: Mapping[str, GuestShell]) -> dict[str, str]:
+    """What the programs said, of those guests that still answer."""
+    said: dict[str, str] = {}
+
+    async def ask(name: str, shell: GuestShell) -> None:
         try:
-            return await workload.logs()
-        except* GuestShellError:
-            pass
-    return {}
+            said[name] = await shell.run(workload.logs, limit_s=LOGS_S)
+        except GuestShellError as error:
+            said[name] = str(error)
+
+    async with trio.open_nursery() as nursery:
+        for name, shell in shells.items():
+            nursery.start_soon(ask, name, shell)
+    return said
 
 
 def _text(error: BaseException) -> str:

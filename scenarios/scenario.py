@@ -19,6 +19,10 @@ HERE = Path(__file__).resolve().parent
 class Workload(Protocol):
     """Programs at work in guests. All of it goes on by itself: a call looks at it, or sets it going."""
 
+    @property
+    def logs(self) -> str:
+        """The command that prints what the programs of a guest have said, for the case that they fail."""
+
     async def start(self) -> None:
         """Prepare the guests and begin."""
 
@@ -30,9 +34,6 @@ class Workload(Protocol):
 
     async def spoil(self) -> None:
         """Damage what was made, as little as can be, so that the check has something to find."""
-
-    async def logs(self) -> dict[str, str]:
-        """What the programs said, by guest, for the case that they fail."""
 
 
 @frozen

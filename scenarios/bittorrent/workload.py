@@ -96,6 +96,11 @@ class Swarm:
     programs: Mapping[str, str]  #: by guest
 
     @property
+    def logs(self) -> str:
+        """The command that prints what the programs said last."""
+        return LOGS
+
+    @property
     def seeds(self) -> list[str]:
         """The guests that have the file from the beginning."""
         return [name for name in self.programs if name.startswith("seed")]
@@ -136,7 +141,7 @@ class Swarm:
         )
 
     async def _file(self, name: str) -> Download:
-        process, size, digest = (await self.shells[name].run(DESCRIBE)).split()
+        process, size, digest = (await self.shells[name].run(DESCRIBE, limit_s=180)).split()
         return Download(name, self.programs[name], process, int(size), digest)
 
     async def spoil(self) -> None:
@@ -146,11 +151,6 @@ class Swarm:
             f"byte=$(od -An -tu1 -j {where} -N 1 {PATH}) && printf \\\\x$(printf %02x $((byte ^ 1))) "
             f"| dd of={PATH} bs=1 seek={where} conv=notrunc status=none"
         )
-
-    async def logs(self) -> dict[str, str]:
-        """What the programs said last."""
-        said = await together(partial(shell.run, LOGS, limit_s=10) for shell in self.shells.values())
-        return dict(zip(self.shells, said, strict=True))
 
 
 def make(shells: Mapping[str, GuestShell], short: bool) -> Swarm:
