@@ -1,0 +1,1 @@
+"""Apache under load, saved while it serves."""
