@@ -2,9 +2,9 @@
 
     client.py ADDRESS REQUESTS PER_SECOND SEED SHA256...
 
-File N of the server has the Nth digest. Connections are kept until the server closes them between two answers; one that
-ends anywhere else is broken. /run/progress has how many requests are done, and in the end /run/result has a word and its
-value per line. `latency` has for each second, by the guest's clock, the slowest answer in ms.
+File N of the server has the Nth digest. Connections are kept until the server closes them between two answers; one
+that ends anywhere else is broken. /run/progress has how many requests are done; in the end /run/result has a word and
+its value per line. `latency` has for each second, by the guest's clock, the slowest answer in ms.
 """
 
 from __future__ import annotations
