@@ -103,7 +103,7 @@ class VM:
 
     `numa` are the sizes of its NUMA nodes, which add up to `memory_bytes`; `dimms` are memory devices beside that.
     `qmp` is the QMP socket of a VM that qsnap did not start, but is attached to. `host` is where it runs, in a VNE that
-    is spread over hosts.
+    is spread over hosts, and `saved_on` the one whose store takes its RAM and device state: empty for the same one.
     """
 
     name: str
@@ -124,11 +124,17 @@ class VM:
     extra: tuple[str, ...] = ()
     qmp: str = ""
     host: str = ""
+    saved_on: str = ""
 
     @property
     def ram_bytes(self) -> int:
         """All of the guest's RAM."""
         return self.memory_bytes + sum(self.dimms)
+
+    @property
+    def keeper(self) -> str:
+        """The other host that takes its RAM and device state; empty if that is its own."""
+        return "" if self.qmp or self.saved_on == self.host else self.saved_on
 
 
 @frozen
@@ -210,6 +216,15 @@ class RamBlockFile:
 
 
 @frozen
+class StateFiles:
+    """The RAM and device state of one VM in a store; `image_bytes` are those that the files take on disk."""
+
+    ram: tuple[RamBlockFile, ...]
+    device_stream: StoredFile
+    image_bytes: int
+
+
+@frozen
 class BaseImage:
     """An image of the user's that layers lie on. It is not copied: size and time tell whether it is still the same."""
 
@@ -263,7 +278,7 @@ class VMSnapshot:
 
     `hardware` is the part of QEMU's command line that the guest can see, recorded so that the very same machine
     is built at restore whatever qsnap's defaults have become. Without `ram`, `device_stream` is the whole of a
-    recorded migration stream.
+    recorded migration stream. `kept_on` is the host whose store has both, if that of the disks has them not.
     """
 
     vm: VM
@@ -278,6 +293,15 @@ class VMSnapshot:
     disks: tuple[DiskImage, ...]
     was_running: bool
     measurements: Measurements
+    kept_on: str = ""
+
+    def has_state(self, host: str) -> bool:
+        """Whether a host that has this has the RAM and device state too. So has one without a name, which is all."""
+        return not (self.kept_on and host) or self.kept_on == host
+
+    def has_disks(self, host: str) -> bool:
+        """Whether a host that has this has the disks too."""
+        return not (self.kept_on and host) or self.vm.host == host
 
     @property
     def recorded(self) -> bool:

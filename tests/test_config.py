@@ -6,7 +6,7 @@ import json
 import tomllib
 
 import pytest
-from attrs import asdict
+from attrs import asdict, evolve
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -498,6 +498,33 @@ def test_vms_on_several_hosts() -> None:
 )
 def test_faults_of_hosts(old: str, new: str, key: str, message: str) -> None:
     error = fault(SPREAD.replace(old, new))
+    assert error.key == key
+    assert message in str(error)
+
+
+def test_vms_that_are_saved_on_another_host() -> None:
+    """Their own is nothing special, wherever they are by then."""
+    alice, bob = parse(SPREAD.replace("[defaults]", '[defaults]\nsaved_on = "beta"')).vms
+    assert [(vm.saved_on, vm.keeper) for vm in (alice, bob)] == [("beta", "beta"), ("beta", "")]
+    assert evolve(alice, host="beta").keeper == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "message"),
+    [
+        (SPREAD.replace("[vm.bob]", '[vm.bob]\nsaved_on = "delta"'), "vm.bob.saved_on", "unknown host 'delta'"),
+        (SPREAD.replace("[defaults]", '[defaults]\nsaved_on = "delta"'), "defaults.saved_on", "unknown host 'delta'"),
+        (one_vm('memory = "1G"', 'kernel = "k"', 'saved_on = "beta"'), "vm.alice.saved_on", "no table [hosts]"),
+        (
+            SPREAD.replace("[vm.alice]", '[vm.alice]\nqmp = "/q"').replace("[vm.bob]", '[vm.bob]\nqmp = "/r"')
+            + 'saved_on = "alpha"\n',
+            "vm.bob.saved_on",
+            "is saved on its own host",
+        ),
+    ],
+)
+def test_hosts_that_nothing_can_be_saved_on(text: str, key: str, message: str) -> None:
+    error = fault(text)
     assert error.key == key
     assert message in str(error)
 

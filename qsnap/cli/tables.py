@@ -135,6 +135,7 @@ def _vm_details(vm: VMSnapshot) -> RenderableType:
     nics = [f"{nic.network} {nic.mac} {nic.model}" for nic in vm.vm.nics]
     facts = {
         **({"host": vm.vm.host} if vm.vm.host else {}),
+        **({"kept on": vm.kept_on} if vm.kept_on else {}),
         "memory": size_text(vm.vm.ram_bytes),
         "processors": f"{vm.vm.vcpus}, {vm.accelerator.value}",
         "machine": f"{vm.machine_type}, QEMU {version_text(vm.qemu_version)}",

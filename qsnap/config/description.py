@@ -115,14 +115,20 @@ def _check_tunnels(source: Source, hosts: tuple[Host, ...]) -> None:
 
 
 def _check_hosts(source: Source, given: dict[Key, Settings], hosts: list[str]) -> None:
-    """Where there are hosts, each VM has one of them."""
+    """Where there are hosts, each VM has one of them, and may be saved on one of them."""
     for key, settings in given.items():
         place, host = settings.get("host", ((*key, "host"), ""))
-        if host and not hosts:
-            raise source.error(place, "there is no table [hosts]", f'For example: [hosts] with {host} = "10.0.0.1"')
-        if hosts and host not in hosts:
-            message = f"unknown host {host!r}" if host else "is required where there is a table [hosts]"
-            raise source.error(place, message, nearest(host, hosts))
+        if hosts and not host:
+            raise source.error(place, "is required where there is a table [hosts]", nearest(host, hosts))
+        for place, given_host in (settings[word] for word in ("host", "saved_on") if word in settings):
+            if given_host and not hosts:
+                advice = f'For example: [hosts] with {given_host} = "10.0.0.1"'
+                raise source.error(place, "there is no table [hosts]", advice)
+            if hosts and given_host not in hosts:
+                raise source.error(place, f"unknown host {given_host!r}", nearest(given_host, hosts))
+        place, keeper = settings.get("saved_on", ((), host))
+        if "qmp" in settings and keeper != host:
+            raise source.error(place, "a VM that runs already is saved on its own host", "Leave it out, or say `host`.")
 
 
 def files_of(vne: VNE) -> tuple[tuple[str, str], ...]:
@@ -377,5 +383,6 @@ _READERS: dict[str, Reader[Any]] = {
     "network": lambda source, key, value: (Nic(_network_name(source, key, value), "", ""),),
     "extra": _extra,
     "host": string,
+    "saved_on": string,
     "qmp": lambda source, key, value: path(source, key, _filled(source, key, value)),
 }

@@ -22,6 +22,7 @@ from qsnap.fleet.answers import ANSWERS
 from qsnap.fleet.channel import Connection, connect, serve
 from qsnap.fleet.fetching import fetch, send_file
 from qsnap.fleet.identity import load_identity
+from qsnap.fleet.keeping import keep
 from qsnap.fleet.part import Happened, Part, report, send_reports, take_part
 from qsnap.fleet.participants import Open, Order, open_local, phases_of, vne_of
 from qsnap.fleet.remote import inquire
@@ -101,6 +102,8 @@ class Agent:
                 await connection.send(m.Undone())  # it is: no part is left without a commit
             case m.Fetch():
                 await self._fetch(connection, message)
+            case m.Keep():
+                await self._keep(connection, message)
             case m.ReadFile():
                 await send_file(connection, self.place, message)
             case _:
@@ -140,6 +143,13 @@ class Agent:
                 nursery.cancel_scope.cancel()
         if not connection.lost:
             await connection.send(m.Snapshots((part,)))
+
+    async def _keep(self, connection: Connection, message: m.Keep) -> None:
+        part = self.parts.get(message.operation)
+        if part is None or part.keeping is None or vne_of(part.order) != message.vne:
+            advice = f"It keeps VM {message.vm} from the next start on, or if it is restored: `saved_on` is new."
+            raise StateError("it takes no part in this snapshot", where=f"VNE {message.vne}", advice=advice)
+        await keep(connection, part.keeping, message)
 
     async def _find_outcome(self, ask: m.Ask) -> Outcome | None:
         """What became of an operation that this host decides; one that is not decided is undone."""

@@ -86,11 +86,12 @@ async def open_remotes(
 
 def order_for(order: Order, whole: VNE, host: Host, operation: str, decider: str) -> Order:
     """What one host is told to do of an operation on several."""
+    part = whole.part(host.name)
     match order:
-        case UpOrder():
-            return evolve(order, vne=whole.part(host.name), id=operation, decider=decider)
-        case RestoreOrder():
-            return evolve(order, part=whole.part(host.name), id=operation, decider=decider)
+        case RestoreOrder() if part.vms:
+            return evolve(order, part=part, id=operation, decider=decider)
+        case UpOrder() | RestoreOrder():  # who only keeps what is saved of others has nothing to restore
+            return UpOrder(part, operation, decider)
     return evolve(order, id=operation, decider=decider)
 
 

@@ -29,7 +29,7 @@ from qsnap.host.store.seals import reporter, take_seal
 from qsnap.model import BaseImage, DiskImage, Snapshot, StoredFile, VMSnapshot
 from qsnap.rules.manifest import files_in, files_of
 from qsnap.rules.moving import base_path, check_paths, known_layers, with_layers, with_vms
-from qsnap.rules.parts import whole_snapshot
+from qsnap.rules.parts import joined, whole_snapshot
 from qsnap.wire import messages as m
 from qsnap.wire.extents import HEAD, LIMIT_BYTES, decode_extents, encode_extent
 
@@ -48,17 +48,20 @@ async def fetch(place: Place, message: m.Fetch, progress: Progress) -> Snapshot:
         present = await store.list(vne)
         here = next((saved for saved in present if saved.name == name), None)
         parts = [here] if here else []
-        vms = [*here.vms] if here else []
-        disks = [disk for saved in present for vm in saved.vms for disk in vm.disks]
-        fetching = _Fetching(store, vne, name, progress, known_layers(disks))
+        vms = {vm.vm.name: vm for vm in here.vms} if here else {}
+        having = [vm for saved in present for vm in saved.vms if vm.has_disks(saved.vne.here)]
+        fetching = _Fetching(store, vne, name, progress, known_layers(disk for vm in having for disk in vm.disks))
         for host in message.part.hosts:
-            wanted = [vm for vm, source in message.sources.items() if source == host.name]
+            wanted = [vm for vm, sources in message.sources.items() if host.name in sources]
             if wanted:
                 async with connect(host, identity) as connection:
                     parts += (await ask(connection, m.GetSnapshots(vne, name), m.Snapshots)).snapshots
                     whole_snapshot(parts)  # they are of the same one
-                    vms += [await fetching.fetch_vm(connection, vm) for vm in parts[-1].vms if vm.vm.name in wanted]
-        part = with_vms(parts[0], await fetching.join(vms, message.part.vms[0].qemu), message.part)
+                    for vm in (vm for vm in parts[-1].vms if vm.vm.name in wanted):
+                        fetched = await fetching.fetch_vm(connection, vm, host.name)
+                        vms[vm.vm.name] = joined(vms.get(vm.vm.name), fetched, host.name)
+        whole = [evolve(vm, kept_on="") if vm.vm.name in message.sources else vm for vm in vms.values()]
+        part = with_vms(parts[0], await fetching.join(whole, message.part.vms[0].qemu), message.part)
         await (store.replace if here else store.commit)(part)
         return part
 
@@ -80,13 +83,16 @@ class _Fetching:
     done: int = 0
     total: int = 0
 
-    async def fetch_vm(self, connection: Connection, vm: VMSnapshot) -> VMSnapshot:
-        """Have all files of a VM here, with the content that they should have."""
+    async def fetch_vm(self, connection: Connection, vm: VMSnapshot, host: str) -> VMSnapshot:
+        """Have all files here that a host has of a VM, with the content that they should have."""
         check_paths(self.name, vm)
-        lacking = [file for file in files_of(vm) if file.path not in self.layers]
+        lacking = [file for file in files_of(vm, host) if file.path not in self.layers]
         self.vm, self.done, self.total = vm.vm.name, 0, sum(file.size_bytes for file in lacking)
-        for file in (*(block.file for block in vm.ram), vm.device_stream):
-            await self._fetch_file(connection, file.path, file)
+        if vm.has_state(host):
+            for file in (*(block.file for block in vm.ram), vm.device_stream):
+                await self._fetch_file(connection, file.path, file)
+        if not vm.has_disks(host):
+            return vm
         return evolve(vm, disks=tuple([await self._fetch_disk(connection, disk) for disk in vm.disks]))
 
     async def join(self, vms: Iterable[VMSnapshot], qemu: str) -> list[VMSnapshot]:

@@ -21,7 +21,7 @@ from qsnap.host.restoring import running_error
 from qsnap.host.tasks import run_all
 from qsnap.model import VNE, Host, RestoreOrder, RestoreReport, Snapshot, VNEStatus
 from qsnap.rules.moving import plan_move
-from qsnap.rules.parts import hosts_in_use
+from qsnap.rules.parts import whole_vms
 from qsnap.wire import messages as m
 
 log = logging.getLogger("qsnap")
@@ -47,20 +47,20 @@ async def restore_spread(
             await ask(connection, message, m.Snapshots, progress)
 
     await run_all([partial(have_fetched, host) for host in whole.hosts if host.name in move.sources])
-    used = hosts_in_use(move.vne)
+    homes = {vm.host for vm in move.vne.vms}
     for each in found:  # what is left there of a VNE that died
-        if each.status and each.host not in used:
+        if each.status and each.host.name not in homes:
             async with connect(each.host, identity) as connection:
                 await ask(connection, m.Detach(order.vne) if whole.attached else m.TakeDown(order.vne), m.Done)
     remember(move.vne, place)
     try:
-        reports: list[RestoreReport] = await carry_out(order, move.vne, place, progress)
+        reports = await carry_out(order, move.vne, place, progress)
     except InDoubtError:
         raise
     except QsnapError:
         remember(whole, place)
         raise
-    return reports
+    return [report for report in reports if isinstance(report, RestoreReport)]
 
 
 @frozen
@@ -94,7 +94,7 @@ def _refuse_running(whole: VNE, found: Sequence[_Found]) -> None:
 def _parts(whole: VNE, found: Sequence[_Found], placement: Mapping[str, str]) -> dict[str, Snapshot]:
     """What each host has of the snapshot. One that has no part in it need not be there."""
     parts = {each.host.name: each.part for each in found if each.part}
-    saved = {vm.vm.name for part in parts.values() for vm in part.vms}
+    saved = whole_vms(parts.values())
     homes = {vm.host for vm in whole.vms}
     for each in found:
         if isinstance(each.failure, ConnectionLostError):

@@ -52,6 +52,7 @@ from qsnap.rules.parts import (
     whole_snapshot,
     whole_snapshots,
     whole_status,
+    whole_vms,
     with_missing,
 )
 from qsnap.wire import messages as m
@@ -369,9 +370,9 @@ async def _ask_parts(whole: VNE, message: m.Message, place: Place, progress: Pro
         return ()
 
     parts = [part for found in await run_all([partial(ask_for, host) for host in whole.hosts]) for part in found]
-    found = {vm.vm.name for part in parts for vm in part.vms}
+    found = whole_vms(parts)
     for host, error in missing.items():
-        if not parts or any(vm.host == host.name and vm.name not in found for vm in whole.vms):
+        if not parts or any(host.name in (vm.host, vm.keeper) and vm.name not in found for vm in whole.vms):
             raise error
     return parts
 

@@ -15,6 +15,7 @@ from qsnap.errors import ConnectionLostError, InDoubtError, ProtocolError, Qsnap
 from qsnap.fleet import participants
 from qsnap.fleet.channel import Connection
 from qsnap.fleet.participants import Order, vne_of
+from qsnap.host.keeping import Keeping
 from qsnap.host.place import Progress
 from qsnap.host.tasks import one_error
 from qsnap.model import Outcome, VMSnapshot
@@ -36,6 +37,7 @@ class Part:
     events: trio.MemorySendChannel[Happened]
     work: trio.CancelScope = field(factory=trio.CancelScope)
     busy: trio.Lock = field(factory=trio.Lock)  #: held while there is work being done
+    keeping: Keeping | None = None  #: what it keeps of other hosts' VMs
     vms: tuple[VMSnapshot, ...] = ()
     result: Any = None  #: what the commit returned
     failure: QsnapError | None = None
@@ -66,6 +68,7 @@ async def take_part(
             reports = await nursery.start(send_reports, connection)
             nursery.start_soon(_read, connection, part)
             async with open_work(partial(report, reports)) as local:
+                part.keeping = local.keeping if isinstance(local, participants.Local) else None
                 await connection.send(m.Begun())
                 await _drive(nursery, connection, local, part, events)
             nursery.cancel_scope.cancel()

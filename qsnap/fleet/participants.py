@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from attrs import frozen
 
+from qsnap.host.keeping import Keeper, Keeping
 from qsnap.host.lifecycle import Up, open_up
 from qsnap.host.place import Place, Progress
 from qsnap.host.restoring import Restoring, open_restoring
@@ -55,6 +57,11 @@ class Local:
 
     work: Saving | Up | Restoring
 
+    @property
+    def keeping(self) -> Keeping | None:
+        """What this host keeps for others, where others' VMs are saved."""
+        return self.work.keeping if isinstance(self.work, Saving) else None
+
     async def perform(self, phase: Phase) -> Any:
         """`tuple[VMSnapshot, ...]` for COLLECT; else nothing."""
         return await getattr(self.work, phase.value)()
@@ -79,10 +86,16 @@ async def open_local(order: Order, place: Place, progress: Progress) -> AsyncIte
     """This host's part of an operation, which is undone if the block is left without a commit."""
     match order:
         case SnapshotOrder():
-            opened: Any = open_saving(order, place.runtime(), progress)
+            opened: Any = open_saving(order, place.runtime(), progress, partial(_open_keeper, place))
         case UpOrder():
             opened = open_up(order, place, progress)
         case RestoreOrder():
             opened = open_restoring(order, place, progress)
     async with opened as work:
         yield Local(work)
+
+
+def _open_keeper(place: Place, *args: Any, **options: Any) -> AbstractAsyncContextManager[tuple[Keeper, int]]:
+    from qsnap.fleet.keeping import open_keeper  # TLS and certificates take a while to import, and few need them
+
+    return open_keeper(place, *args, **options)

@@ -20,7 +20,7 @@ from attrs import define, field, frozen
 
 from qsnap.errors import HostError, QemuError, QsnapError
 from qsnap.host.clock import steady_s
-from qsnap.host.daemon import Daemon
+from qsnap.host.daemon import Receiving
 from qsnap.host.disks import DiskCut
 from qsnap.host.qmp import Command, Qmp, QmpError, deadline
 from qsnap.host.tasks import one_error, run_all
@@ -65,10 +65,9 @@ class Captured:
     stop_instant_s: float  # 0, as the next, if the VM was paused all along
     resume_instant_s: float
 
-    def measurements(self, directory: Path) -> Measurements:
-        """The figures kept with the snapshot; `directory` holds the VM's RAM and device state."""
+    def measurements(self, image_bytes: int) -> Measurements:
+        """The figures kept with the snapshot; `image_bytes` are what RAM and device state take on disk."""
         ram_bytes = self.receipt["ram_bytes"]
-        image_bytes = allocated_bytes(directory.iterdir())
         return Measurements(
             total_ms=self.total_ms,
             iterations=self.iterations,
@@ -92,7 +91,7 @@ class Capture(ABC):
     """One VM being captured: `prepare`, `stop`, `resume`, `complete`; or `abandon` at any moment."""
 
     qmp: Qmp
-    daemon: Daemon
+    daemon: Receiving
     disks: DiskCut
     was_running: bool
     move_taps: Callable[[], None]

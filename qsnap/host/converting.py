@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import trio
 from attrs import evolve
 
 from qsnap.errors import StateError, StreamError
-from qsnap.host.capture import allocated_bytes
 from qsnap.host.daemon import open_converter
 from qsnap.host.journal import Kind, Operation
+from qsnap.host.keeping import seal_state
 from qsnap.host.place import Place, Progress, no_progress
 from qsnap.host.recovery import exclusive
 from qsnap.host.saving import DEVICE_RAM_BYTES
 from qsnap.host.store import Store
 from qsnap.host.tasks import run_all
-from qsnap.model import RamBlockFile, Snapshot, StoredFile, VMSnapshot
+from qsnap.model import Snapshot, VMSnapshot
 from qsnap.rules.command import AnonymousRam, plan_ram
 from qsnap.rules.manifest import files_in, snapshot_dir
 
@@ -45,7 +44,7 @@ async def convert(vne: str, name: str, *, place: Place | None = None, progress: 
 
 async def _load(store: Store, vne: str, name: str, progress: Progress) -> Snapshot:
     saved = await store.load(vne, name)
-    if not any(vm.recorded for vm in saved.vms):
+    if not any(vm.recorded and vm.has_state(saved.vne.here) for vm in saved.vms):
         raise StateError(f"snapshot {name} of {vne} is flat already", advice="There is nothing to convert.")
     total, done = sum(file.size_bytes for file in files_in(saved)), 0
 
@@ -60,7 +59,7 @@ async def _load(store: Store, vne: str, name: str, progress: Progress) -> Snapsh
 async def _flatten(
     nursery: trio.Nursery, store: Store, saved: Snapshot, vm: VMSnapshot, progress: Progress
 ) -> VMSnapshot:
-    if not vm.recorded:
+    if not (vm.recorded and vm.has_state(saved.vne.here)):
         return vm
     vne, size = saved.vne.name, vm.device_stream.size_bytes
     folder = f"{snapshot_dir(saved.name)}/{vm.vm.name}"
@@ -79,17 +78,7 @@ async def _flatten(
         except StreamError as error:
             error.advice = error.advice or "It can still be restored as it is."
             raise
-    paths = [Path(block["file"]) for block in receipt["blocks"]]
-    stream = Path(receipt["device_stream"])
-
-    async def seal(path: Path) -> StoredFile:
-        return await store.seal_file(vne, f"{folder}/{path.name}")
-
-    ram = [
-        RamBlockFile(block["idstr"], block["used_length"], await seal(path))
-        for block, path in zip(receipt["blocks"], paths, strict=True)
-    ]
-    device_stream = await seal(stream)
-    image_bytes = allocated_bytes([*paths, stream])
-    measurements = evolve(vm.measurements, image_bytes=image_bytes, image_to_memory=image_bytes / receipt["ram_bytes"])
-    return evolve(vm, ram=tuple(ram), device_stream=device_stream, measurements=measurements)
+    files = await seal_state(store, vne, folder, receipt)
+    ratio = files.image_bytes / receipt["ram_bytes"]
+    measurements = evolve(vm.measurements, image_bytes=files.image_bytes, image_to_memory=ratio)
+    return evolve(vm, ram=files.ram, device_stream=files.device_stream, measurements=measurements)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 from attrs import define, field
@@ -20,6 +20,22 @@ from qsnap.errors import HostError, QemuError, QsnapError, StreamError
 
 DISCARD_BYTES = 1 << 20
 STANDSTILL_S = 10.0  #: what has not come by then will not: no migration has taken the stream up, and it stays open
+
+
+class Receiving(Protocol):
+    """What takes in the stream of one VM. Each of these raises what it has failed with."""
+
+    async def wait_ready(self) -> None:
+        """Return once the stream is read."""
+
+    async def wait_tracking(self) -> None:
+        """Return once QEMU has saved its devices and tracks writes."""
+
+    async def wait_done(self) -> dict[str, Any]:
+        """What has come, once everything is in files."""
+
+    async def read_to_end(self) -> None:
+        """Take the rest of the stream and throw it away, so that QEMU is none the wiser."""
 
 
 @define
@@ -147,12 +163,37 @@ async def open_daemon(
     stream_in, stream_out = os.pipe()
     options = [
         *_options(directory, backed, ram_limit_bytes),
-        *(("--keep-reading",) if keeps_reading else ()),
-        *("--heir", json.dumps(heir)),
+        *_last_words(keeps_reading, heir),
         *(("--record-limit", str(record_limit_bytes)) if record_limit_bytes is not None else ()),
     ]
     async with _start(nursery, stream_in, options, f"VM {vm}", on_bytes, keeps_reading) as daemon:
         yield daemon, stream_out
+
+
+@asynccontextmanager
+async def open_stand_by(directory: Path, *, keeps_reading: bool, heir: Sequence[str]) -> AsyncIterator[tuple[int, int]]:
+    """A pipe that is read here, as (what to read, the descriptor for QEMU), and a process that stands by.
+
+    Should qsnap die, the process does what a receiver into `directory` does then.
+    """
+    stream_in, stream_out = os.pipe()
+    ours, theirs = socket.socketpair()
+    words = ["--stand-by", *_last_words(keeps_reading, heir), *_options(directory, (), 0)]
+    try:
+        process = await _spawn(stream_in, theirs, words)
+    except BaseException:
+        os.close(stream_in)
+        os.close(stream_out)
+        ours.close()
+        raise
+    try:
+        yield stream_in, stream_out
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+        ours.close()
+        os.close(stream_in)
 
 
 @asynccontextmanager
@@ -177,9 +218,25 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
 
 
+def _last_words(keeps_reading: bool, heir: Sequence[str]) -> list[str]:
+    """What a receiver is to do if its parent dies."""
+    return [*(("--keep-reading",) if keeps_reading else ()), "--heir", json.dumps(heir)]
+
+
 def _options(directory: Path, backed: tuple[str, ...], ram_limit_bytes: int) -> list[str]:
     blocks = [word for idstr in backed for word in ("--backed", idstr)]
     return ["--directory", str(directory), "--ram-limit", str(ram_limit_bytes), *blocks]
+
+
+async def _spawn(stream_in: int, status: socket.socket, options: list[str]) -> trio.Process:
+    """The process, which is given the descriptors of the stream and `status`; the latter is closed here."""
+    fds = (stream_in, status.fileno())
+    command = [sys.executable, "-m", "qsnap.host.receiver", "--stream", str(stream_in), "--status", str(fds[1])]
+    with status:
+        # in a session of its own: Ctrl-C is for qsnap to deal with, which ends this process in due course
+        return await trio.lowlevel.open_process(
+            [*command, *options], pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True, env=_environment()
+        )
 
 
 @asynccontextmanager
@@ -193,15 +250,9 @@ async def _start(
 ) -> AsyncIterator[Daemon]:
     """The process, which takes over `stream_in`."""
     ours, theirs = socket.socketpair()
-    fds = (stream_in, theirs.fileno())
-    command = [sys.executable, "-m", "qsnap.host.receiver", "--stream", str(stream_in), "--status", str(fds[1])]
     try:
-        # in a session of its own: Ctrl-C is for qsnap to deal with, which ends this process in due course
-        process = await trio.lowlevel.open_process(
-            [*command, *options], pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True, env=_environment()
-        )
+        process = await _spawn(stream_in, theirs, options)
     finally:
-        theirs.close()
         spare_fd = os.dup(stream_in) if keeps_reading else None  # one open pipe: both see what the other leaves
         os.close(stream_in)
     daemon = Daemon(where, process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)), on_bytes, spare_fd)

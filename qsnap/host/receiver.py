@@ -7,7 +7,8 @@ It is a process of its own because it is CPU-bound, and synchronous because it d
 and exchanges JSON lines over the status descriptor. From the receiver: `ready`, `tracking` (the first RAM record
 has come, so the source's state is captured), `progress`, and at last `done` or `error`. The parent sends nothing.
 
-With `--record-limit BYTES` the stream goes into one file as it is, and nothing is made of it.
+With `--record-limit BYTES` the stream goes into one file as it is, and nothing is made of it. With `--stand-by` it is
+read by the parent, and this process is there for the parent's death alone.
 
 It ends with the stream, when the parent closes its end of the status descriptor, or at SIGTERM. It leaves the
 files of a failed attempt behind: the parent removes the directory, or its heir does, which is started if it dies.
@@ -27,7 +28,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -193,6 +194,11 @@ class Status:
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ParentGoneError from error
 
+    def wait_gone(self) -> NoReturn:
+        """Until nobody is left to report to."""
+        select.select([self.fd], [], [])
+        raise ParentGoneError
+
     def send_progress(self, stream_bytes: int) -> None:
         """Tell the parent how far the stream has come, but not too often."""
         now = time.monotonic()
@@ -260,6 +266,7 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tail-limit", type=int, default=_TAIL_LIMIT_BYTES, metavar="BYTES")
     parser.add_argument("--target-page-size", type=int, default=4096, metavar="BYTES")
     parser.add_argument("--record-limit", type=int, metavar="BYTES", help="keep the stream as it is, up to this size")
+    parser.add_argument("--stand-by", action="store_true", help="leave the stream to the parent while that lives")
     parser.add_argument("--keep-reading", action="store_true", help="read the stream to its end if the parent dies")
     parser.add_argument("--heir", type=json.loads, default=[], metavar="JSON", help="what to start if the parent dies")
     return parser.parse_args(arguments)
@@ -295,6 +302,8 @@ def _read_to_end(stream_fd: int) -> None:
 def _receive(options: argparse.Namespace, status: Status) -> int:
     try:
         _widen(options.stream)
+        if options.stand_by:
+            status.wait_gone()
         inlet = Inlet(options.stream, status)
         if options.record_limit is None:
             _keep_newest(options, inlet, status)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -27,9 +26,10 @@ from qsnap.host.capture import (
     probe_migration,
     query_ram,
 )
-from qsnap.host.daemon import open_daemon
+from qsnap.host.daemon import Receiving
 from qsnap.host.disks import DiskCut, DiskPlan, image_of, plan_disks, tidy_disks
 from qsnap.host.journal import ABORTED, VOTED, Journal, Kind, Member, Operation
+from qsnap.host.keeping import Keeper, Keeping, OpenKeeper, open_kept, seal_state
 from qsnap.host.owner import put_back, set_aside
 from qsnap.host.place import Progress
 from qsnap.host.qmp import Qmp
@@ -45,15 +45,14 @@ from qsnap.host.recovery import (
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import find_qemu_img, layers_directory
 from qsnap.host.store import Store
-from qsnap.host.store.files import explained
 from qsnap.host.tasks import one_error, run_all, undisturbed
 from qsnap.model import (
+    VM,
     Colour,
     Cut,
     DiskEngine,
     Engine,
     Outcome,
-    RamBlockFile,
     Snapshot,
     SnapshotOrder,
     StoredFile,
@@ -63,6 +62,7 @@ from qsnap.model import (
 from qsnap.rules.colouring import Move, plan_direction, plan_moves, plan_return
 from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine, keeps_paused, must_read_to_end
 from qsnap.rules.manifest import files_in
+from qsnap.wire.messages import Keep
 
 DEVICE_RAM_BYTES = 2 << 30  #: allowed for in a stream beside the guest's memory: video RAM, ROMs, tables
 ENDED = ("guest-panicked", "shutdown", "internal-error")  #: run states of a VM whose guest cannot go on
@@ -81,8 +81,10 @@ class Saved:
 
 
 @asynccontextmanager
-async def open_saving(order: SnapshotOrder, runtime: Runtime, progress: Progress) -> AsyncIterator[Saving]:
-    """A snapshot of what this host has of a running VNE, phase by phase.
+async def open_saving(
+    order: SnapshotOrder, runtime: Runtime, progress: Progress, open_keeper: OpenKeeper
+) -> AsyncIterator[Saving]:
+    """A snapshot of what this host has of a running VNE, phase by phase. `open_keeper` is for what others keep of it.
 
     Raises BusyError while another operation is at work on it; EngineRefusedError, and StateError for a VM that is dead,
     has panicked or is shut down, before anything is paused. A block that is left without a commit leaves the VMs
@@ -108,7 +110,11 @@ async def open_saving(order: SnapshotOrder, runtime: Runtime, progress: Progress
             open_links(live.way_in()) as links,
             AsyncExitStack() as sessions,
         ):
-            saving = Saving(live, order, runtime, progress, journal, store, sessions, nursery, links)
+            keeping = Keeping(live, runtime, store, progress)
+            sessions.push_async_callback(keeping.close)
+            saving = Saving(
+                live, order, runtime, progress, journal, store, sessions, nursery, links, open_keeper, keeping
+            )
             try:
                 yield saving
             except BaseException:
@@ -134,11 +140,14 @@ class Saving:
     sessions: AsyncExitStack
     nursery: trio.Nursery
     links: Links
+    open_keeper: OpenKeeper
+    keeping: Keeping  #: what this host keeps for others
     begun: bool = False
     in_doubt: bool = False  #: all is done, and another host decides
     members: list[Saved] = field(factory=list)
     qmps: dict[str, Qmp] = field(factory=dict)
     readers: dict[str, Reader] = field(factory=dict)
+    keepers: dict[str, Keeper] = field(factory=dict)  #: of VMs that other hosts keep
     watch: trio.CancelScope = field(factory=trio.CancelScope)
     directory: Path = field(init=False)
     vms: tuple[VMSnapshot, ...] = ()
@@ -151,6 +160,7 @@ class Saving:
         self.begun = True
         self.journal.begin(operation)
         self.directory = await self.store.begin(vne, order.name)
+        self.keeping.begin(self.directory)
         await self.links.apply(plan_direction(self.live.vne, self.live.active))
         self.members = await run_all([partial(self._prepare, vm) for vm in self.live.vms])
         self.nursery.start_soon(self._watch)
@@ -179,7 +189,9 @@ class Saving:
         known = await self._known_files()
         vms = await run_all([partial(self._record, member, known) for member in self.members])
         self.watch.cancel()
-        self.vms = tuple(shifted(vm, self.order.clock_offset_s) for vm in vms)
+        own = [shifted(vm, self.order.clock_offset_s) for vm in vms]
+        await run_all([partial(self.keepers[vm.vm.name].hold, vm) for vm in own if vm.kept_on])
+        self.vms = (*own, *await self.keeping.wait_all())
         if self.order.decider:
             await self.store.hold(self._snapshot(Outcome(time.time())))
             self.in_doubt = True
@@ -200,6 +212,7 @@ class Saving:
     async def undo(self) -> None:
         """Put things right while the sessions are open: the VMs run at once, and no stream breaks."""
         self.watch.cancel()
+        await self.keeping.close()
         if self.in_doubt:
             self.journal.note(ABORTED)
             self.in_doubt = False
@@ -210,7 +223,8 @@ class Saving:
 
     def _snapshot(self, outcome: Outcome) -> Snapshot:
         name = self.order.name
-        vne = evolve(self.live.vne.as_own(), hosts=())  # who restores it says where, and has them all
+        vms = tuple(vm.vm for vm in self.vms)
+        vne = evolve(self.live.vne.as_own(), vms=vms, hosts=())  # who restores it says where, and has them all
         part = Snapshot(name, vne, self.order.cut, outcome.created_s, self.vms, operation=self.order.id)
         return outcome.applied(part)
 
@@ -259,25 +273,8 @@ class Saving:
         )
 
     async def _begin(self, vm: LiveVM, qmp: Qmp, disks: DiskCut, facts: Facts, engine: Engine) -> Capture:
-        directory = self.directory / vm.vm.name
-        with explained("make the directory", directory):
-            directory.mkdir(mode=0o700)
-        ram = await query_ram(qmp)
-        ram_bytes = sum(ram.values())
         keeps_reading = engine is Engine.BACKGROUND and must_read_to_end(facts.qemu_version)
-        daemon, stream_fd = await self.sessions.enter_async_context(
-            open_daemon(
-                self.nursery,
-                directory,
-                vm=vm.vm.name,
-                backed=tuple(ram),
-                keeps_reading=keeps_reading,
-                heir=recovery_command(self.runtime, self.live.vne.name),
-                ram_limit_bytes=ram_bytes + DEVICE_RAM_BYTES,
-                on_bytes=lambda done: self.progress("save", vm.vm.name, done, max(done, ram_bytes)),
-                record_limit_bytes=record_limit(ram_bytes) if engine is Engine.RECORD else None,
-            )
-        )
+        daemon, stream_fd = await self._receive(vm.vm, await query_ram(qmp), engine, keeps_reading=keeps_reading)
         if keeps_reading:
             self.readers[vm.vm.name] = daemon.read_to_end
         move_taps = (await self.links.prepare(self._moves(vm, self.live.active.other))).apply
@@ -299,6 +296,31 @@ class Saving:
         await capture.prepare(stream_fd)
         return capture
 
+    async def _receive(
+        self, vm: VM, ram: Mapping[str, int], engine: Engine, *, keeps_reading: bool
+    ) -> tuple[Receiving, int]:
+        """What takes in a VM's stream, here or on the host that keeps it, and the descriptor for QEMU."""
+        vne, directory, ram_bytes = self.live.vne, self.directory / vm.name, sum(ram.values())
+        heir = recovery_command(self.runtime, vne.name)
+        limit = record_limit(ram_bytes) if engine is Engine.RECORD else None
+        keep = Keep(vne.name, self.order.id, vm.name, tuple(ram), ram_bytes + DEVICE_RAM_BYTES, limit)
+
+        def on_bytes(done: int) -> None:
+            self.progress("save", vm.name, done, max(done, ram_bytes))
+
+        if vm.keeper:
+            host = next(host for host in vne.hosts if host.name == vm.keeper)
+            keeper, stream_fd = await self.sessions.enter_async_context(
+                self.open_keeper(
+                    self.nursery, host, keep, directory, keeps_reading=keeps_reading, heir=heir, on_bytes=on_bytes
+                )
+            )
+            self.keepers[vm.name] = keeper
+            return keeper, stream_fd
+        return await self.sessions.enter_async_context(
+            open_kept(self.nursery, directory, keep, keeps_reading=keeps_reading, heir=heir, on_bytes=on_bytes)
+        )
+
     async def _stop_and_resume(self, member: Saved) -> None:
         await self._stop(member)
         await member.capture.resume()
@@ -308,7 +330,7 @@ class Saving:
             await member.capture.stop()
         except DivergedError:
             await abandon(member.capture.qmp, running=member.facts.running)
-            shutil.rmtree(self.directory / member.live.vm.name)
+            shutil.rmtree(self.directory / member.live.vm.name, ignore_errors=True)  # where another host keeps it
             member.decision = after_divergence()
             member.capture = await self._begin(
                 member.live, member.capture.qmp, member.disks, member.facts, member.decision.engine
@@ -330,17 +352,17 @@ class Saving:
         async def seal(path: str) -> StoredFile:
             return known.get(path) or await self.store.seal_file(vne, path, count)
 
-        sealed, total = 0, sum(block["used_length"] for block in captured.receipt["blocks"])
+        sealed, total = 0, captured.receipt["ram_bytes"]
 
         def count(more: int) -> None:
             nonlocal sealed
             sealed += more
             self.progress("seal", vm.vm.name, sealed, max(sealed, total))
 
-        ram = []
-        for block in captured.receipt["blocks"]:
-            file = await seal(f"{folder}/{os.path.basename(block['file'])}")
-            ram.append(RamBlockFile(block["idstr"], block["used_length"], file))
+        if keeper := self.keepers.get(vm.vm.name):
+            files = await keeper.wait_files()
+        else:
+            files = await seal_state(self.store, vne, folder, captured.receipt, count)
         disks = [await image_of(step, seal) for step in member.disks.plan.steps]
         return VMSnapshot(
             vm=vm_as_own(vm.vm),
@@ -350,11 +372,12 @@ class Saving:
             qemu_version=vm.qemu_version,
             machine_type=vm.machine_type,
             hardware=vm.hardware,
-            ram=tuple(ram),
-            device_stream=await seal(f"{folder}/{os.path.basename(captured.receipt['device_stream'])}"),
+            ram=files.ram,
+            device_stream=files.device_stream,
             disks=tuple(disks),
             was_running=member.capture.was_running,
-            measurements=captured.measurements(self.directory / vm.vm.name),
+            measurements=captured.measurements(files.image_bytes),
+            kept_on=vm.vm.keeper,
         )
 
     async def _known_files(self) -> dict[str, StoredFile]:

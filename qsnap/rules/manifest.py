@@ -79,13 +79,14 @@ def parse_manifest(data: bytes, *, file: str) -> Snapshot:
 
 
 def files_in(snapshot: Snapshot) -> tuple[StoredFile, ...]:
-    """Every file that `snapshot` needs, once each: RAM, device streams, disk layers."""
-    return tuple(dict.fromkeys(file for vm in snapshot.vms for file in files_of(vm)))
+    """Every file that `snapshot` needs, once each: RAM, device streams, disk layers. Of a part, those of its host."""
+    return tuple(dict.fromkeys(file for vm in snapshot.vms for file in files_of(vm, snapshot.vne.here)))
 
 
-def files_of(vm: VMSnapshot) -> tuple[StoredFile, ...]:
-    """The same of one of its VMs."""
-    return (*(block.file for block in vm.ram), vm.device_stream, *(file for disk in vm.disks for file in disk.layers))
+def files_of(vm: VMSnapshot, here: str = "") -> tuple[StoredFile, ...]:
+    """The same of one of its VMs: all, or those that the host `here` has."""
+    state = (*(block.file for block in vm.ram), vm.device_stream) if vm.has_state(here) else ()
+    return (*state, *(file for disk in vm.disks if vm.has_disks(here) for file in disk.layers))
 
 
 def garbage(snapshots: Iterable[Snapshot], present: Iterable[str], in_use: Iterable[str]) -> tuple[str, ...]:
@@ -144,7 +145,7 @@ def _faults(snapshot: Snapshot) -> Iterable[str]:
         yield "the VMs saved are not the VMs of the VNE"
     if not 0 <= snapshot.created_s < END_OF_TIME_S:
         yield "it was created at no time that can be"
-    for file in files_in(snapshot):
+    for file in (file for vm in snapshot.vms for file in files_of(vm)):
         fault = path_fault(file.path)
         if fault:
             yield fault

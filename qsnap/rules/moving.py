@@ -7,24 +7,26 @@ from collections.abc import Iterable, Mapping
 from attrs import evolve, frozen
 
 from qsnap.errors import ProtocolError, StateError
-from qsnap.model import VNE, DiskImage, Snapshot, StoredFile, VMSnapshot
+from qsnap.model import VM, VNE, DiskImage, Snapshot, StoredFile, VMSnapshot
 from qsnap.rules.manifest import files_of, snapshot_dir
 from qsnap.rules.parts import whole_snapshot
+
+Sources = Mapping[str, tuple[str, ...]]  #: by VM the hosts that have of it what another one lacks
 
 
 @frozen
 class Move:
-    """The VNE as it is to be restored; and for each host that lacks VMs of the snapshot, by VM who has them."""
+    """The VNE as it is to be restored; and for each host that lacks something of its VMs, who has that."""
 
     vne: VNE
-    sources: Mapping[str, Mapping[str, str]]
+    sources: Mapping[str, Sources]
 
 
 def plan_move(whole: VNE, parts: Mapping[str, Snapshot], placement: Mapping[str, str]) -> Move:
     """Where the VMs of a snapshot go: as `placement` says, else as `whole` has them, else where they were.
 
     `whole` has the hosts there are, and `parts` what each has of the snapshot. Raises StateError for a VM that the
-    snapshot lacks, or a host that does not exist.
+    snapshot lacks, a host that does not exist, or the state of a VM that no host has.
     """
     saved = whole_snapshot(list(parts.values()))
     names = [vm.vm.name for vm in saved.vms]
@@ -32,17 +34,16 @@ def plan_move(whole: VNE, parts: Mapping[str, Snapshot], placement: Mapping[str,
         if name not in names:
             message = f"snapshot {saved.name} of {whole.name} has no VM {name} on any host"
             raise StateError(message, advice=f"It has: {', '.join(names)}")
-    homes = {vm.name: vm.host for vm in whole.vms} | dict(placement)
-    vms = tuple(evolve(vm.vm, host=homes.get(vm.vm.name, vm.vm.host)) for vm in saved.vms)
+    described = {vm.name: vm for vm in whole.vms}
+    vms = tuple(_placed(vm.vm, described.get(vm.vm.name, vm.vm), placement) for vm in saved.vms)
     known = [host.name for host in whole.hosts]
     for vm in vms:
         if vm.host not in known:
             raise StateError(f"there is no host {vm.host} for VM {vm.name}", advice=f"[hosts] has: {', '.join(known)}")
-    having = {vm.vm.name: host for host, part in parts.items() for vm in part.vms}
-    sources: dict[str, dict[str, str]] = {}
+    sources: dict[str, dict[str, tuple[str, ...]]] = {}
     for vm in vms:
-        if vm.host not in parts or vm.name not in _names(parts[vm.host]):
-            sources.setdefault(vm.host, {})[vm.name] = having[vm.name]
+        if lacking := _sources(vm, parts):
+            sources.setdefault(vm.host, {})[vm.name] = lacking
     numbers = {network.name: network.vni for network in whole.networks}
     networks = tuple(evolve(each, vni=numbers.get(each.name, each.vni)) for each in saved.vne.networks)
     return Move(evolve(saved.vne, vms=vms, networks=networks, hosts=whole.hosts, here=""), sources)
@@ -50,7 +51,7 @@ def plan_move(whole: VNE, parts: Mapping[str, Snapshot], placement: Mapping[str,
 
 def with_vms(part: Snapshot, vms: Iterable[VMSnapshot], vne: VNE) -> Snapshot:
     """The part of a snapshot, whatever host it is of, as it is where it has these VMs, and `vne` is the VNE's part."""
-    moved = tuple(evolve(vm, vm=evolve(vm.vm, host=vne.here)) for vm in vms)
+    moved = tuple(vm if vm.kept_on else evolve(vm, vm=evolve(vm.vm, host=vne.here)) for vm in vms)
     return evolve(part, vne=evolve(vne, vms=tuple(vm.vm for vm in moved)), vms=moved)
 
 
@@ -86,5 +87,21 @@ def base_path(sha256: str, image_format: str) -> str:
     return f"disks/base-{sha256[:12]}.{image_format}"
 
 
-def _names(part: Snapshot) -> set[str]:
-    return {vm.vm.name for vm in part.vms}
+def _placed(vm: VM, described: VM, placement: Mapping[str, str]) -> VM:
+    return evolve(vm, host=placement.get(vm.name, described.host), saved_on=described.saved_on)
+
+
+def _sources(vm: VM, parts: Mapping[str, Snapshot]) -> tuple[str, ...]:
+    """The hosts that have of a VM what its own lacks: its state, its disks, or both."""
+    having = {host: found for host, part in parts.items() for found in part.vms if found.vm.name == vm.name}
+    lists = (
+        [host for host, found in having.items() if found.has_state(host)],
+        [host for host, found in having.items() if found.has_disks(host)],
+    )
+    for what, hosts in zip(("RAM", "disks"), lists, strict=True):
+        if not hosts:
+            kept_on = next(found.kept_on if what == "RAM" else found.vm.host for found in having.values())
+            raise StateError(f"no host has the {what} of VM {vm.name}", advice=f"They were kept on {kept_on}.")
+    both = [host for host in lists[0] if host in lists[1]]
+    lacking = [hosts for hosts in lists if vm.host not in hosts]
+    return tuple(dict.fromkeys((both if len(lacking) == 2 and both else hosts)[0] for hosts in lacking))

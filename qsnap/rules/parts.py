@@ -8,23 +8,15 @@ from itertools import groupby
 from attrs import evolve
 
 from qsnap.errors import IntegrityError
-from qsnap.model import VM, VNE, AttachReport, Host, RestoreReport, Snapshot, VMStatus, VNEStatus
+from qsnap.model import VM, VNE, AttachReport, Host, RestoreReport, Snapshot, VMSnapshot, VMStatus, VNEStatus
 
 UNREACHABLE = "unreachable"  #: the state of a VM whose host does not answer
 
 
 def hosts_in_use(vne: VNE) -> tuple[Host, ...]:
-    """The hosts that have VMs of it, in the order of the description. The first is the decider."""
-    used = {vm.host for vm in vne.vms}
+    """The hosts that have VMs of it or keep their state, in the order of the description. The first is the decider."""
+    used = {host for vm in vne.vms for host in (vm.host, vm.keeper)}
     return tuple(host for host in vne.hosts if host.name in used)
-
-
-def whole_vne(parts: Sequence[VNE]) -> VNE:
-    """The VNE that these are the parts of."""
-    vms: dict[str, VM] = {}
-    for vm in (vm for part in parts for vm in part.vms):
-        vms.setdefault(vm.name, vm)
-    return evolve(parts[0], vms=tuple(vms.values()), here="")
 
 
 def whole_status(parts: Sequence[VNEStatus]) -> VNEStatus:
@@ -57,7 +49,9 @@ def _unreachable(vm: VM) -> VMStatus:
 def whole_snapshot(parts: Sequence[Snapshot]) -> Snapshot:
     """A snapshot of all hosts. A VM that several of them have is taken from the first.
 
-    Raises IntegrityError if the part of a host is missing, or belongs to another snapshot of that name.
+    Where one host has the state of a VM and another its disks, they are put together. Of a VM that lacks one of them
+    there is what is known of it: `whole_vms` does not name it. Raises IntegrityError if the part of a host belongs to
+    another snapshot of that name.
     """
     first = parts[0]
     if not first.operation:
@@ -65,9 +59,33 @@ def whole_snapshot(parts: Sequence[Snapshot]) -> Snapshot:
     name = f"{first.vne.name}/{first.name}"
     if {part.operation for part in parts} != {first.operation}:
         raise IntegrityError("the hosts have different snapshots of this name", file=name)
-    vms = {vm.vm.name: vm for part in reversed(parts) for vm in part.vms}
-    vne = whole_vne([part.vne for part in parts])
-    return evolve(first, vne=vne, vms=tuple(vms[vm.name] for vm in vne.vms))
+    found: dict[str, VMSnapshot] = {}
+    for vm in (vm for part in parts for vm in part.vms if not vm.kept_on):
+        found.setdefault(vm.vm.name, vm)
+    for part in parts:
+        for vm in part.vms:
+            found[vm.vm.name] = joined(found.get(vm.vm.name), vm, part.vne.here)
+    vms = tuple(found[name] for name in dict.fromkeys(vm.vm.name for part in parts for vm in part.vms))
+    return evolve(first, vne=evolve(first.vne, vms=tuple(vm.vm for vm in vms), here=""), vms=vms)
+
+
+def joined(known: VMSnapshot | None, vm: VMSnapshot, host: str) -> VMSnapshot:
+    """What is known of a VM, and what one host that has its state or its disks says of these."""
+    if known is None or not known.kept_on:
+        return known or vm
+    if vm.has_state(host):
+        known = evolve(known, ram=vm.ram, device_stream=vm.device_stream, measurements=vm.measurements)
+    return evolve(known, disks=vm.disks) if vm.has_disks(host) else known
+
+
+def whole_vms(parts: Iterable[Snapshot]) -> set[str]:
+    """The VMs of a snapshot that these hosts have all of."""
+    states: set[str] = set()
+    disks: set[str] = set()
+    for part in parts:
+        states |= {vm.vm.name for vm in part.vms if vm.has_state(part.vne.here)}
+        disks |= {vm.vm.name for vm in part.vms if vm.has_disks(part.vne.here)}
+    return states & disks
 
 
 def whole_snapshots(parts: Iterable[Snapshot]) -> tuple[Snapshot, ...]:

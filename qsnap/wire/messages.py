@@ -24,6 +24,7 @@ from qsnap.model import (
     RestoreReport,
     Snapshot,
     SnapshotOrder,
+    StateFiles,
     UpOrder,
     VMSnapshot,
     VNEStatus,
@@ -349,19 +350,64 @@ class Abilities:
 
 @frozen
 class Fetch:
-    """Has the host fetch what it lacks of a snapshot. `sources` are the hosts that have the VMs, by VM.
+    """Has the host fetch what it lacks of a snapshot. `sources` are, by VM, the hosts that have of it what this lacks.
 
     `part` is what is to be restored on the host.
     """
 
     part: VNE
     name: str
-    sources: Mapping[str, str]
+    sources: Mapping[str, tuple[str, ...]]
 
     @property
     def vne(self) -> str:
         """The VNE that it is about."""
         return self.part.name
+
+
+@frozen
+class Keep:
+    """Has the host take in the stream of a VM, for an operation that it takes part in, and keep what it is made into.
+
+    The stream follows as data; the last frame of data is empty. `backed` are the RAMBlocks to become files.
+    """
+
+    vne: str
+    operation: str
+    vm: str
+    backed: tuple[str, ...]
+    ram_limit_bytes: int
+    record_limit_bytes: int | None = None
+
+
+@frozen
+class Keeping:
+    """How far the host is with a stream: it is `ready` for it, or is `tracking` (the first RAM record has come)."""
+
+    event: str
+    stream_bytes: int = 0
+
+
+@frozen
+class Received:
+    """The stream has ended, and is in files: the size of the RAM, and how many pages came that were not zero."""
+
+    ram_bytes: int
+    data_pages: int
+
+
+@frozen
+class Kept:
+    """The files are durable."""
+
+    files: StateFiles
+
+
+@frozen
+class Hold:
+    """What the host is to keep of the VM if the operation is committed. The answer is `Done`."""
+
+    vm: VMSnapshot
 
 
 @frozen
@@ -438,6 +484,11 @@ Message = (
     | GetAbilities
     | Abilities
     | Fetch
+    | Keep
+    | Keeping
+    | Received
+    | Kept
+    | Hold
     | GetBase
     | Base
     | ReadFile

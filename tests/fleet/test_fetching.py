@@ -74,7 +74,7 @@ class Pair:
         saved = await self.alpha.snapshots().load("lab", name)
         moved = tuple(evolve(vm, host="gamma") for vm in saved.vne.vms if vm.name in vms)
         part = evolve(saved.vne, vms=moved, hosts=self.table, here="gamma")
-        return await fetch(self.gamma, m.Fetch(part, name, dict.fromkeys(vms, "alpha")), no_progress)
+        return await fetch(self.gamma, m.Fetch(part, name, dict.fromkeys(vms, ("alpha",))), no_progress)
 
     def files(self, place: Place) -> dict[str, Path]:
         home = place.store / "lab"

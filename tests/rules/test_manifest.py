@@ -60,10 +60,22 @@ def test_a_manifest_from_before_some_keys_is_read() -> None:
     def change(body: Any) -> None:
         del body["vms"][0]["measurements"]["start_instant_s"]
         for vm in [*body["vne"]["vms"], *(saved["vm"] for saved in body["vms"])]:
-            del vm["numa"], vm["dimms"]
+            del vm["numa"], vm["dimms"], vm["saved_on"]
+        for saved in body["vms"]:
+            del saved["kept_on"]
 
     vm = parse(forged(change)).vms[0]
     assert (vm.measurements.start_instant_s, vm.vm.numa, vm.vm.dimms) == (0.0, (), ())
+    assert (vm.vm.saved_on, vm.kept_on) == ("", "")
+
+
+def test_a_part_needs_the_files_of_its_host() -> None:
+    saved = snapshot()
+    vms = tuple(evolve(vm, vm=evolve(vm.vm, host="a"), kept_on="b") for vm in saved.vms)
+    files = {here: files_in(evolve(saved, vms=vms, vne=evolve(saved.vne, here=here))) for here in ("a", "b", "")}
+    assert {file.path.partition("/")[0] for file in files["a"]} == {"disks"}
+    assert {file.path.partition("/")[0] for file in files["b"]} == {"snapshots"}
+    assert set(files["a"]) | set(files["b"]) == set(files[""]) == set(files_in(saved))
 
 
 def test_it_is_readable_and_checked_with_common_tools() -> None:

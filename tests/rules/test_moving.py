@@ -41,12 +41,47 @@ def test_without_a_placement_all_stay() -> None:
 def test_a_host_fetches_what_it_lacks_from_who_has_it() -> None:
     move = plan_move(WHOLE, PARTS, {"a": "gamma", "c": "gamma", "b": "beta"})
     assert homes(move.vne) == {"a": "gamma", "b": "beta", "c": "gamma"}
-    assert move.sources == {"gamma": {"a": "alpha", "c": "beta"}, "beta": {"b": "alpha"}}
+    assert move.sources == {"gamma": {"a": ("alpha",), "c": ("beta",)}, "beta": {"b": ("alpha",)}}
 
 
 def test_what_was_fetched_before_is_not_fetched_again() -> None:
     parts = {**PARTS, "gamma": part("gamma", vm_on("a", "gamma"))}
-    assert plan_move(WHOLE, parts, {"a": "gamma", "b": "gamma"}).sources == {"gamma": {"b": "alpha"}}
+    assert plan_move(WHOLE, parts, {"a": "gamma", "b": "gamma"}).sources == {"gamma": {"b": ("alpha",)}}
+
+
+def kept(vm: VMSnapshot) -> VMSnapshot:
+    return evolve(vm, kept_on="gamma")
+
+
+KEPT = {"alpha": part("alpha", kept(A), kept(B)), "beta": part("beta", C), "gamma": part("gamma", kept(A), kept(B))}
+
+
+@pytest.mark.parametrize(
+    ("home", "sources"), [("alpha", ("gamma",)), ("gamma", ("alpha",)), ("beta", ("gamma", "alpha"))]
+)
+def test_state_and_disks_come_from_who_has_them(home: str, sources: tuple[str, ...]) -> None:
+    assert plan_move(WHOLE, KEPT, {"a": home}).sources[home]["a"] == sources
+
+
+def test_what_is_whole_somewhere_comes_from_there() -> None:
+    parts = {**KEPT, "alpha": part("alpha", A, kept(B))}
+    move = plan_move(WHOLE, parts, {"a": "beta"})
+    assert move.sources == {"beta": {"a": ("alpha",)}, "alpha": {"b": ("gamma",)}}
+
+
+def test_a_state_that_no_host_has() -> None:
+    with pytest.raises(StateError, match=r"no host has the RAM of VM a\n  .* kept on gamma"):
+        plan_move(WHOLE, {name: KEPT[name] for name in ("alpha", "beta")}, {})
+
+
+def test_the_description_says_where_a_vm_is_saved_from_now_on() -> None:
+    whole = evolve(WHOLE, vms=tuple(evolve(vm, saved_on="beta") for vm in WHOLE.vms))
+    assert [vm.keeper for vm in plan_move(whole, PARTS, {}).vne.vms] == ["beta", "beta", ""]
+
+
+def test_a_vm_that_is_only_kept_is_not_moved() -> None:
+    grown = with_vms(KEPT["gamma"], (kept(A), C), plan_move(WHOLE, KEPT, {"c": "gamma"}).vne.part("gamma"))
+    assert homes(grown.vne) == {"a": "alpha", "c": "gamma"}
 
 
 def test_the_description_may_have_moved_vms_and_numbers_but_nothing_else() -> None:

@@ -14,6 +14,7 @@ from qsnap.rules.parts import (
     whole_snapshot,
     whole_snapshots,
     whole_status,
+    whole_vms,
     with_missing,
 )
 from tests.samples import snapshot
@@ -55,6 +56,37 @@ def test_a_vm_that_two_hosts_have_is_there_once() -> None:
     assert sorted(vm.vm.name for vm in whole.vms) == sorted(NAMES)
     assert [vm.vm for vm in whole.vms] == list(whole.vne.vms)
     assert whole.vms[0] == b.vms[0]
+
+
+def kept_parts() -> list[Snapshot]:
+    """The same with the state of all VMs on host a, which has stored it otherwise since (`convert`)."""
+    b, c = (evolve(part, vms=tuple(evolve(vm, kept_on="a") for vm in part.vms)) for part in parts())
+    vms = tuple(evolve(vm, ram=vm.ram * 2, disks=()) for vm in (*b.vms, *c.vms))
+    return [evolve(b, vms=vms, vne=evolve(b.vne, here="a", vms=tuple(vm.vm for vm in vms))), b, c]
+
+
+def test_the_halves_of_a_vm_are_joined() -> None:
+    a, b, c = kept_parts()
+    for order in ([a, b, c], [c, b, a]):
+        whole = whole_snapshot(order)
+        assert {vm.vm.name: (vm.ram, vm.disks) for vm in whole.vms} == {
+            vm.vm.name: (vm.ram * 2, vm.disks) for vm in SAVED.vms
+        }
+    assert whole_vms([a, b, c]) == set(NAMES)
+    assert whole_vms([a, c]) == set(NAMES[1:])
+    assert whole_vms([b, c]) == set()
+
+
+def test_who_has_all_of_a_vm_is_believed_first() -> None:
+    a, b, c = kept_parts()
+    fetched = evolve(b, vms=(evolve(b.vms[0], kept_on=""),))
+    assert whole_snapshot([a, fetched, c]).vms[0] == fetched.vms[0]
+    assert whole_vms([fetched]) == {NAMES[0]}
+
+
+def test_hosts_that_only_keep_take_part() -> None:
+    vne = VNE("lab", (VM("x", 1, host="c", saved_on="a"), VM("y", 1, host="b", saved_on="b")), hosts=HOSTS)
+    assert [host.name for host in hosts_in_use(vne)] == ["a", "b", "c"]
 
 
 def test_parts_of_different_snapshots_are_none() -> None:

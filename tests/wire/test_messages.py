@@ -18,8 +18,11 @@ from qsnap.wire.messages import (
     ClockProbe,
     ClockReply,
     Hello,
+    Keep,
+    Keeping,
     Message,
     Ping,
+    Received,
     Refused,
     Welcome,
     check_version,
@@ -42,6 +45,13 @@ JSON = [
     ),
     (Ping(), '{"type":"Ping"}'),
     (ClockProbe(1.5), '{"type":"ClockProbe","sent_s":1.5}'),
+    (
+        Keep("lab", "1f", "vm1", ("pc.ram",), 4096),
+        '{"type":"Keep","vne":"lab","operation":"1f","vm":"vm1","backed":["pc.ram"],"ram_limit_bytes":4096,'
+        '"record_limit_bytes":null}',
+    ),
+    (Keeping("progress", 7), '{"type":"Keeping","event":"progress","stream_bytes":7}'),
+    (Received(4096, 1), '{"type":"Received","ram_bytes":4096,"data_pages":1}'),
     (ClockReply(1.5, 2.5, 3.5), '{"type":"ClockReply","sent_s":1.5,"received_s":2.5,"answered_s":3.5}'),
 ]
 PUBLIC = [each for each in vars(errors).values() if inspect.isclass(each) and issubclass(each, QsnapError)]
