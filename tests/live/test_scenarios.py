@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from attrs import define, evolve
 
 import qsnap
 from scenarios.running import Options, run_scenario
 from scenarios.scenario import load, names
+from scenarios.web.workload import Web
 from testbed.screen import Screen
 
 
@@ -16,3 +18,24 @@ async def test_scenario(name: str) -> None:
     result = await run_scenario(load(name), options, Screen())
     assert result.failure is None, result.failure
     assert [finding for finding in result.findings if not finding.held] == []
+
+
+@define
+class Failing(Web):
+    """Has a command that fails, once the clients ask."""
+
+    async def progress(self) -> dict[str, float]:
+        await self.shells["server"].run("echo no more >&2; exit 7")
+        return {}
+
+
+async def test_a_workload_that_fails() -> None:
+    """It fails the scenario, with consoles and logs at hand, and leaves nothing up."""
+    scenario = evolve(load("web"), make=lambda shells, short: Failing(shells, 50))
+    result = await run_scenario(scenario, Options(short=True), Screen())
+    assert not result.held
+    assert result.failure is not None
+    assert "server: `echo no more >&2; exit 7` ended with 7: no more" in result.failure.message
+    assert set(result.failure.consoles) == set(result.failure.logs) == {"server", "client-1"}
+    assert "guest-shell is ready" in result.failure.consoles["server"]
+    assert "AH00094: Command line" in result.failure.logs["server"]
