@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import qsnap
 from qsnap import Engine
 from qsnap.fleet.pki import issue
 from qsnap.host.qemu import find_processes
+from qsnap.rules.commit import Phase
 from testbed.fleet import Fleet
 from testbed.guests import GuestConsole
 from testbed.hosts import NamespaceHost
@@ -23,6 +24,7 @@ from testbed.state import find_orphans
 from tests.live.fleet_state import check_logs, check_processes, wait_settled
 from tests.live.lab import QEMU_7, QEMU_11, check_continues, make_vne, statuses
 from tests.live.test_fleet import open_consoles, running_fleet, running_vne, saved_states
+from tests.live.test_fleet_faults import strike
 from tests.live.test_host_faults import remount, tmpfs
 from tests.live.test_killed import check_store
 from tests.live.tiny import check_echo, make_boot_disk, make_tiny_vne
@@ -200,3 +202,36 @@ async def test_faults_in_the_middle_of_the_stream(qemu: str, engine: Engine) -> 
                 await fleet.call(qsnap.verify, "lab", "new")
                 await fleet.call(qsnap.remove, "lab", "new")
                 await check_undone(fleet, consoles)
+
+
+async def test_a_keeper_without_vms_that_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed at a barrier, before its vote, and before its own and the other host's commit."""
+    monkeypatch.setattr("qsnap.fleet.remote.INQUIRY_S", 1.0)
+    async with running_fleet(("alpha", "beta")) as fleet:
+        tiny = make_tiny_vne("lab", make_boot_disk(tmp_path / "boot.img"), vms=2)
+        vne = evolve(tiny, vms=tuple(evolve(vm, host="beta", saved_on="alpha") for vm in tiny.vms), hosts=fleet.table)
+
+        async def kill() -> None:
+            await fleet.kill("alpha")
+
+        async def strike_during(host: str, step: Phase | str, error: type[qsnap.QsnapError] | None) -> None:
+            with monkeypatch.context() as patch, pytest.raises(error) if error else nullcontext():
+                strike(patch, host, step, before=kill)
+                await fleet.call(qsnap.snapshot, "lab", "new", cut=qsnap.Cut.BARRIER)
+            await check_echo("lab", ["vm1", "vm2"], fleet.place("beta"))
+            await fleet.start("alpha")
+            await wait_settled(fleet)
+
+        await fleet.call(qsnap.up, vne)
+        await strike_during("beta", Phase.RESUME, qsnap.ConnectionLostError)
+        await strike_during("beta", Phase.COLLECT, qsnap.ConnectionLostError)
+        await strike_during("alpha", "commit", qsnap.InDoubtError)
+        await strike_during("beta", "commit", None)
+        for host in fleet.hosts:
+            assert await check_store(fleet.place(host)) == {"new"}
+            await check_processes(fleet, host, "lab")
+        await fleet.call(qsnap.down, "lab")
+        await fleet.call(qsnap.restore, "lab", "new")
+        await check_echo("lab", ["vm1", "vm2"], fleet.place("beta"))
+        await fleet.call(qsnap.down, "lab")
+        check_logs(fleet)
