@@ -9,22 +9,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from types import MappingProxyType
-from typing import TypeVar
 
 import trio
 from attrs import evolve
 
-from qsnap.errors import BusyError, ConnectionLostError, QsnapError, StateError
+from qsnap.errors import ConnectionLostError, QsnapError, StateError
+from qsnap.fleet.asking import ask_all, ask_one, ask_parts, gather, on_each, refuse_saved
 from qsnap.fleet.coordinator import carry_out
 from qsnap.fleet.spread import remember, spread_of, spreads
 from qsnap.host import attaching, catalogue, converting, lifecycle, recovery
 from qsnap.host.place import Place, Progress, no_progress
 from qsnap.host.reporting import Report, write_report
-from qsnap.host.tasks import run_all, run_each
+from qsnap.host.tasks import run_all
 from qsnap.model import (
     VNE,
     AttachReport,
@@ -52,12 +52,10 @@ from qsnap.rules.parts import (
     whole_snapshot,
     whole_snapshots,
     whole_status,
-    whole_vms,
     with_missing,
 )
 from qsnap.wire import messages as m
 
-M = TypeVar("M")
 log = logging.getLogger("qsnap")
 
 
@@ -94,7 +92,7 @@ async def snapshot(
     order = SnapshotOrder(vne, name or time.strftime("%Y%m%d-%H%M%S"), engine, cut, disks)
     whole = spread_of(vne, place)
     if whole is not None:
-        await _refuse_saved(whole, order.name, place)
+        await refuse_saved(whole, order.name, place)
     saved = await carry_out(order, whole, place, progress, decide_snapshot)
     if whole is not None and len(saved) < len(hosts_in_use(whole)):  # it is taken, and the answer of a host was lost
         try:
@@ -194,7 +192,7 @@ async def down(vne: str, *, place: Place | None = None) -> None:
     the file knew stay.
     """
     place = place or Place()
-    await _on_each(vne, place, m.TakeDown(vne), m.Done, partial(lifecycle.down, vne, place=place))
+    await on_each(vne, place, m.TakeDown(vne), m.Done, partial(lifecycle.down, vne, place=place))
 
 
 async def snapshots(vne: str | None = None, *, place: Place | None = None) -> tuple[Snapshot, ...]:
@@ -202,7 +200,7 @@ async def snapshots(vne: str | None = None, *, place: Place | None = None) -> tu
     place = place or Place()
     whole = spread_of(vne, place) if vne else None
     if whole is not None:
-        return whole_snapshots(await _ask_parts(whole, m.GetSnapshots(whole.name), place))
+        return whole_snapshots(await ask_parts(whole, m.GetSnapshots(whole.name), place))
     found = list(await catalogue.snapshots(vne, place=place))
     if vne is None:
         elsewhere = spreads(place)
@@ -218,7 +216,7 @@ async def show(vne: str, name: str, *, place: Place | None = None) -> Snapshot:
     whole = spread_of(vne, place)
     if whole is None:
         return await catalogue.show(vne, name, place=place)
-    return await _gather(whole, m.GetSnapshots(vne, name), place)
+    return await gather(whole, m.GetSnapshots(vne, name), place)
 
 
 async def verify(vne: str, name: str, *, place: Place | None = None, progress: Progress = no_progress) -> Snapshot:
@@ -227,7 +225,7 @@ async def verify(vne: str, name: str, *, place: Place | None = None, progress: P
     whole = spread_of(vne, place)
     if whole is None:
         return await catalogue.verify(vne, name, place=place, progress=progress)
-    return await _gather(whole, m.Verify(vne, name), place, progress)
+    return await gather(whole, m.Verify(vne, name), place, progress)
 
 
 async def remove(vne: str, name: str, *, place: Place | None = None) -> tuple[str, ...]:
@@ -236,7 +234,7 @@ async def remove(vne: str, name: str, *, place: Place | None = None) -> tuple[st
     whole = spread_of(vne, place)
     if whole is None:
         return await catalogue.remove(vne, name, place=place)
-    replies = await _on_each(vne, place, m.Remove(vne, name), m.Names, hosts=whole.hosts)
+    replies = await on_each(vne, place, m.Remove(vne, name), m.Names, hosts=whole.hosts)
     return tuple(path for reply in replies for path in reply.names)
 
 
@@ -246,7 +244,7 @@ async def convert(vne: str, name: str, *, place: Place | None = None, progress: 
     whole = spread_of(vne, place)
     if whole is None:
         return await converting.convert(vne, name, place=place, progress=progress)
-    await _on_each(vne, place, m.Convert(vne, name), m.Snapshots, hosts=whole.hosts)
+    await on_each(vne, place, m.Convert(vne, name), m.Snapshots, hosts=whole.hosts)
     return await show(vne, name, place=place)
 
 
@@ -287,7 +285,7 @@ async def attach(vne: VNE, *, place: Place | None = None) -> AttachReport:
 async def detach(vne: str, *, place: Place | None = None) -> None:
     """Forget a VNE that qsnap is attached to. Its VMs run on; taps and bridges are as they were found."""
     place = place or Place()
-    await _on_each(vne, place, m.Detach(vne), m.Done, partial(attaching.detach, vne, place=place))
+    await on_each(vne, place, m.Detach(vne), m.Done, partial(attaching.detach, vne, place=place))
 
 
 async def report(
@@ -328,103 +326,6 @@ async def hosts(vne: str, *, qemu: str = "qemu-system-x86_64", place: Place | No
 
     await run_all([partial(look, host) for host in whole.hosts])
     return tuple(found[host.name] for host in whole.hosts)
-
-
-async def ask_one(host: Host, message: m.Message, kind: type[M], place: Place, progress: Progress = no_progress) -> M:
-    """Have the agent of one host do something that is done when it answers."""
-    from qsnap.fleet.channel import connect
-    from qsnap.fleet.identity import load_identity  # TLS and certificates take a while to import, and few need them
-    from qsnap.fleet.remote import ask
-
-    async with connect(host, load_identity(place.identity)) as connection:
-        return await ask(connection, message, kind, progress)
-
-
-async def ask_all(
-    whole: VNE, message: m.Message, kind: type[M], place: Place, progress: Progress = no_progress
-) -> list[M]:
-    """The same of all hosts that have VMs of a VNE, side by side."""
-    return await run_all([partial(ask_one, host, message, kind, place, progress) for host in hosts_in_use(whole)])
-
-
-async def _gather(whole: VNE, message: m.Message, place: Place, progress: Progress = no_progress) -> Snapshot:
-    """The snapshot that hosts have parts of."""
-    return whole_snapshot(await _ask_parts(whole, message, place, progress))
-
-
-async def _ask_parts(whole: VNE, message: m.Message, place: Place, progress: Progress = no_progress) -> list[Snapshot]:
-    """What all hosts have of snapshots: VMs may have been elsewhere. Hosts without VMs need not answer."""
-    missing: dict[Host, StateError] = {}
-
-    async def ask_for(host: Host) -> tuple[Snapshot, ...]:
-        try:
-            return (await ask_one(host, message, m.Snapshots, place, progress)).snapshots
-        except BusyError:
-            raise
-        except StateError as error:
-            missing[host] = error
-        except ConnectionLostError as error:
-            if host in hosts_in_use(whole):
-                raise
-            log.warning("%s", error)
-        return ()
-
-    parts = [part for found in await run_all([partial(ask_for, host) for host in whole.hosts]) for part in found]
-    found = whole_vms(parts)
-    for host, error in missing.items():
-        if not parts or any(host.name in (vm.host, vm.keeper) and vm.name not in found for vm in whole.vms):
-            raise error
-    return parts
-
-
-async def _refuse_saved(whole: VNE, name: str, place: Place) -> None:
-    """Raise StateError if a host that has no VMs now has a snapshot of that name. The others find out by themselves."""
-
-    async def look(host: Host) -> None:
-        with suppress(StateError, ConnectionLostError):
-            await ask_one(host, m.GetSnapshots(whole.name, name), m.Snapshots, place)
-            taken.append(host.name)
-
-    taken: list[str] = []
-    used = hosts_in_use(whole)
-    await run_all([partial(look, host) for host in whole.hosts if host not in used])
-    if taken:
-        message = f"there is a snapshot {name} of {whole.name}"
-        raise StateError(message, where=f"host {taken[0]}", advice="Choose another name, or remove it.")
-
-
-async def _on_each(
-    vne: str,
-    place: Place,
-    message: m.Message,
-    kind: type[M],
-    here: Callable[[], Awaitable[None]] | None = None,
-    hosts: Sequence[Host] = (),
-) -> list[M]:
-    """Have these hosts, or all that have VMs, do something that can be done again.
-
-    That one has nothing to do is a fault only if all have.
-    """
-    whole = spread_of(vne, place)
-    if whole is None:
-        assert here is not None
-        await here()
-        return []
-    done: list[M] = []
-    idle: list[StateError] = []
-
-    async def do(host: Host) -> None:
-        try:
-            done.append(await ask_one(host, message, kind, place))
-        except BusyError:
-            raise
-        except StateError as error:
-            idle.append(error)
-
-    await run_each([partial(do, host) for host in hosts or hosts_in_use(whole)])
-    if not done:
-        raise idle[0]
-    return done
 
 
 def console_path(vne: str, vm: str, *, place: Place | None = None) -> str:
