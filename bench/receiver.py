@@ -29,8 +29,8 @@ from attrs import define
 from bench.guest import VNE, Guest, memory_directory, running_guests, temporary_place
 from bench.report import Bar, Options, Report, Row, median, run
 from bench.ways import PIPE_BYTES, Way, by_qsnap, migrate_into_null, read_all
-from qsnap.host.capture import BACKGROUND_CAPABILITIES
 from qsnap.host.daemon import open_daemon
+from qsnap.host.migration import BACKGROUND_CAPABILITIES
 from qsnap.host.qemu import find_processes
 from qsnap.model import Backing, Engine
 from qsnap.rules.command import RAM_ID

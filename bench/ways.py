@@ -19,7 +19,7 @@ from attrs import frozen
 import qsnap
 from bench.guest import VNE, Guest, pause_ms
 from qsnap.errors import EngineRefusedError, HostError
-from qsnap.host.capture import BACKGROUND_CAPABILITIES, cont, set_capabilities
+from qsnap.host.migration import BACKGROUND_CAPABILITIES, cont, set_capabilities
 from qsnap.host.qmp import Qmp, QmpEvent
 from qsnap.model import Engine
 

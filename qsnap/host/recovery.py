@@ -19,9 +19,9 @@ from attrs import evolve, frozen
 
 from qsnap.errors import BusyError, InDoubtError, IntegrityError, QsnapError, StateError
 from qsnap.host.bridges import open_links
-from qsnap.host.capture import abandon
 from qsnap.host.disks import DiskCut, read_disks
 from qsnap.host.journal import ABORTED, Interrupted, Journal, Kind, Member, Operation
+from qsnap.host.migration import abandon
 from qsnap.host.owner import put_back
 from qsnap.host.place import Place
 from qsnap.host.qemu import end_process, find_processes, has_ended

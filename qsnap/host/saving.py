@@ -14,22 +14,12 @@ from attrs import define, evolve, field
 
 from qsnap.errors import IntegrityError, QemuError, QsnapError, StateError
 from qsnap.host.bridges import Links, open_links
-from qsnap.host.capture import (
-    Background,
-    Capture,
-    Captured,
-    DivergedError,
-    Precopy,
-    Record,
-    abandon,
-    probe_background,
-    probe_migration,
-    query_ram,
-)
+from qsnap.host.capture import Background, Capture, Captured, DivergedError, Precopy, Record
 from qsnap.host.daemon import Receiving
 from qsnap.host.disks import DiskCut, DiskPlan, image_of, plan_disks, tidy_disks
 from qsnap.host.journal import ABORTED, VOTED, Journal, Kind, Member, Operation
 from qsnap.host.keeping import Keeper, Keeping, OpenKeeper, open_kept, seal_state
+from qsnap.host.migration import abandon, probe_background, probe_migration, query_ram
 from qsnap.host.owner import put_back, set_aside
 from qsnap.host.place import Progress
 from qsnap.host.qmp import Qmp

@@ -20,10 +20,11 @@ import trio
 
 from qsnap import Place
 from qsnap.errors import QsnapError
-from qsnap.host.capture import Background, Bounds, Capture, Precopy, abandon
+from qsnap.host.capture import Background, Bounds, Capture, Precopy
 from qsnap.host.daemon import Daemon
 from qsnap.host.disks import DiskCut, DiskFile, DiskPlan, DiskStep, LiveDisk, tidy_disks
 from qsnap.host.lifecycle import status
+from qsnap.host.migration import abandon
 from qsnap.host.qemu import Process
 from qsnap.host.qmp import Qmp, open_loop, open_qmp
 from qsnap.host.runtime import LiveVM, LiveVNE

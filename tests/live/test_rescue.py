@@ -9,7 +9,7 @@ import pytest
 import trio
 
 import qsnap
-from qsnap.host.capture import BACKGROUND_CAPABILITIES, FD_NAME, set_capabilities
+from qsnap.host.migration import BACKGROUND_CAPABILITIES, FD_NAME, set_capabilities
 from qsnap.host.qemu import Process
 from qsnap.host.qmp import open_loop, open_qmp
 from qsnap.host.rescue import release_memory
