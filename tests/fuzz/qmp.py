@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -77,8 +77,7 @@ async def play(listener: trio.socket.SocketType, lines: list[bytes]) -> None:
     """Be the QEMU that the script describes. The greeting is its first answer."""
     connection, _ = await listener.accept()
     listener.close()
-    async with trio.SocketStream(connection) as stream:
-        ids = command_ids(stream)
+    async with trio.SocketStream(connection) as stream, aclosing(command_ids(stream)) as ids:
         try:
             for line in lines:
                 if not line.startswith(b"!"):
@@ -89,7 +88,7 @@ async def play(listener: trio.socket.SocketType, lines: list[bytes]) -> None:
             pass  # the other side has had enough, or waits for something that is not in the script
 
 
-async def command_ids(stream: trio.SocketStream) -> AsyncIterator[bytes]:
+async def command_ids(stream: trio.SocketStream) -> AsyncGenerator[bytes, None]:
     yield b"0"
     received = ""
     while more := await stream.receive_some():
