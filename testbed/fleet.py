@@ -79,7 +79,13 @@ class Fleet:
         log = (self.root / f"{host}.log").open("ab")
         with log:
             spawn = partial(
-                subprocess.Popen, command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL, text=True
+                subprocess.Popen,
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,  # a Ctrl-C is not for them: they are needed to take all down
             )
             agent = await trio.to_thread.run_sync(spawn)
         self.agents[host] = agent

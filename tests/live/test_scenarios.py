@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from attrs import define, evolve
 
@@ -9,6 +12,8 @@ import qsnap
 from scenarios.running import Options, run_scenario
 from scenarios.scenario import load, names
 from scenarios.web.workload import Web
+from testbed.fleet import INITIATOR, open_fleet
+from testbed.hosts import hosts_in_namespaces
 from testbed.screen import Screen
 
 
@@ -39,3 +44,9 @@ async def test_a_workload_that_fails() -> None:
     assert set(result.failure.consoles) == set(result.failure.logs) == {"server", "client-1"}
     assert "guest-shell is ready" in result.failure.consoles["server"]
     assert "AH00094: Command line" in result.failure.logs["server"]
+
+
+async def test_a_signal_from_the_terminal_leaves_agents_be(memory_path: Path) -> None:
+    """Ctrl-C goes to a whole process group: the agents would end, and nobody could take their VMs down."""
+    async with hosts_in_namespaces(("alpha", INITIATOR)) as hosts, open_fleet(memory_path, hosts) as fleet:
+        assert os.getpgid(fleet.agents["alpha"].pid) != os.getpgid(0)
