@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 
 from attrs import evolve
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from qsnap.model import (
@@ -104,8 +103,6 @@ def snapshot_of(*vms: tuple[str, Measurements], name: str = "s1", created_s: flo
         discrepancy_ms=(max(stops) - min(stops)) * 1e3,
     )
 
-
-UNHURRIED = settings(deadline=None)  #: a busy machine makes no test fail
 
 _ALNUM = "abyz0189"
 NAMES = st.builds(str.__add__, st.sampled_from(_ALNUM), st.text(_ALNUM + "-", max_size=31))

@@ -14,7 +14,7 @@ from qsnap.config import files_of, missing_file_error, parse_description
 from qsnap.config.key_lines import KeyLines, dotted, parse_dotted
 from qsnap.errors import ConfigError
 from qsnap.model import VM, VNE, Accelerator, Backing, Disk, Host, Network, Nic
-from tests.samples import UNHURRIED, vnes
+from tests.samples import vnes
 
 LAB = """\
 name = "lab"
@@ -361,20 +361,17 @@ def assert_parses_or_refuses(text: str) -> None:
     assert 0 <= line <= text.count("\n") + 1
 
 
-@UNHURRIED
 @given(st.text() | st.lists(FRAGMENTS).map("\n".join) | st.lists(FRAGMENTS).map("".join))
 def test_no_text_raises_anything_else(text: str) -> None:
     assert_parses_or_refuses(text)
 
 
-@UNHURRIED
 @given(st.dictionaries(KEYS, VALUES))
 @example({"name": "lab", "vm": {"a": {"disks": [[[[[[]]]]]]}}})
 def test_no_toml_raises_anything_else(content: dict[str, object]) -> None:
     assert_parses_or_refuses(document(content))
 
 
-@UNHURRIED
 @given(st.dictionaries(KEYS, VALUES), st.integers(0, 5))
 def test_every_key_of_a_toml_text_is_located(content: dict[str, object], blank: int) -> None:
     found = KeyLines("\n" * blank + document(content)).found
@@ -399,7 +396,6 @@ def render(vne: VNE) -> str:
     return document({"name": vne.name, "network": networks, "vm": vms})
 
 
-@UNHURRIED
 @given(vnes())
 def test_a_rendered_vne_is_read_back(vne: VNE) -> None:
     assert parse(render(vne)) == vne

@@ -210,7 +210,7 @@ def test_long_names_keep_both_ends() -> None:
     assert len(one) == charts.LONGEST_NAME
 
 
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(snapshots(), snapshots())
 def test_whatever_a_manifest_says_can_be_drawn(one: Snapshot, other: Snapshot) -> None:
     assert pixels(charts.draw_png([one, evolve(other, name=f"{one.name}-2")])).size

@@ -16,7 +16,7 @@ from qsnap.drawing.timeline import (
     plan_timeline,
 )
 from qsnap.model import Measurements, Snapshot
-from tests.samples import MEASUREMENTS, UNHURRIED, snapshot_of, snapshots
+from tests.samples import MEASUREMENTS, snapshot_of, snapshots
 
 
 def cost(start_s: float, stop_s: float, resume_s: float, total_ms: float) -> Measurements:
@@ -74,7 +74,6 @@ def test_what_cannot_be_is_left_out(wrong: Measurements) -> None:
     assert None in (lane.capture, lane.pause)
 
 
-@UNHURRIED
 @given(snapshots())
 def test_whatever_a_manifest_says_spans_can_be_drawn(saved: Snapshot) -> None:
     for lane in plan_timeline(saved).lanes:

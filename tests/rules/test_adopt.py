@@ -14,7 +14,6 @@ from qsnap.errors import AttachRefusedError
 from qsnap.model import VM, Nic
 from qsnap.rules.adopt import Adopted, Card, Netdev, adopt, match_nics, parse_cards, strip_loader
 from qsnap.rules.options import Properties, parse_properties
-from tests.samples import UNHURRIED
 
 DATA = Path(__file__).resolve().parents[1] / "data/command-lines"
 
@@ -208,7 +207,6 @@ def test_a_program_given_to_the_dynamic_linker() -> None:
 WORDS = st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters="="), min_size=1)
 
 
-@UNHURRIED
 @given(st.dictionaries(st.from_regex(r"[a-z][a-z0-9.-]*", fullmatch=True), WORDS, min_size=1))
 def test_properties_survive(values: dict[str, str]) -> None:
     for is_json in (False, True):

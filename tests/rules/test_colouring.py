@@ -20,7 +20,6 @@ from qsnap.rules.colouring import (
     plan_removal,
     plan_return,
 )
-from tests.samples import UNHURRIED
 
 IFNAMSIZ = 16
 
@@ -97,7 +96,6 @@ def taps_by_network(vne: VNE) -> dict[str, dict[str, str]]:
     }
 
 
-@UNHURRIED
 @given(vnes(), st.sampled_from(Colour))
 def test_at_rest_everybody_on_a_network_hears_everybody_and_nobody_else(vne: VNE, active: Colour) -> None:
     kernel = at_rest(vne, active)
@@ -106,7 +104,6 @@ def test_at_rest_everybody_on_a_network_hears_everybody_and_nobody_else(vne: VNE
             assert kernel.reached_from(tap) == taps.keys() - {tap}
 
 
-@UNHURRIED
 @given(vnes(), st.sampled_from(Colour), st.data())
 def test_in_a_cut_frames_pass_from_before_to_after_and_never_back(
     vne: VNE, active: Colour, data: st.DataObject
@@ -127,7 +124,6 @@ def test_in_a_cut_frames_pass_from_before_to_after_and_never_back(
                 assert kernel.reached_from(tap) == heard
 
 
-@UNHURRIED
 @given(vnes())
 def test_the_next_cut_goes_the_other_way(vne: VNE) -> None:
     kernel = at_rest(vne, Colour.RED)
@@ -148,7 +144,6 @@ def test_the_model_finds_a_wrong_direction() -> None:
     assert "tap1-0" in kernel.reached_from("tap0-0")
 
 
-@UNHURRIED
 @given(vnes(), st.sampled_from(Colour))
 def test_no_link_learns(vne: VNE, active: Colour) -> None:
     """An address learnt on a link would send a frame into it that is not flooded."""

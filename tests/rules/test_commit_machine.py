@@ -158,9 +158,7 @@ class Hosts(RuleBasedStateMachine):
         return bool(self.pending) or before != (self.coordinator, self.hosts)
 
 
-MACHINE = settings(
-    max_examples=400, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+MACHINE = settings(max_examples=400, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
 TestHosts = Hosts.TestCase
 TestHosts.settings = MACHINE
 

@@ -22,7 +22,7 @@ from qsnap.rules.manifest import (
     parse_manifest,
     path_fault,
 )
-from tests.samples import UNHURRIED, contents, snapshot, snapshots, stored
+from tests.samples import contents, snapshot, snapshots, stored
 
 SAMPLE = encode_manifest(snapshot())
 
@@ -50,7 +50,6 @@ def resealed(blank: bytes) -> bytes:
     return blank.replace(b"0" * 64, hashlib.sha256(blank).hexdigest().encode(), 1)
 
 
-@UNHURRIED
 @given(snapshots())
 def test_a_snapshot_is_read_back(saved: Snapshot) -> None:
     assert parse(encode_manifest(saved)) == saved
@@ -87,7 +86,6 @@ def test_it_is_readable_and_checked_with_common_tools() -> None:
     assert resealed(SAMPLE.replace(document["sha256"].encode(), b"0" * 64)) == SAMPLE
 
 
-@UNHURRIED
 @given(st.integers(0, len(SAMPLE) - 1), st.integers(1, 255))
 @example(0, 1)
 @example(len(SAMPLE) - 1, 1)
@@ -97,13 +95,11 @@ def test_any_altered_byte_is_noticed(position: int, difference: int) -> None:
     fault(bytes(altered))
 
 
-@UNHURRIED
 @given(st.integers(0, len(SAMPLE) - 1))
 def test_any_truncation_is_noticed(length: int) -> None:
     fault(SAMPLE[:length])
 
 
-@UNHURRIED
 @given(st.binary() | st.text().map(str.encode))
 @example(b"[" * 100_000)
 @example(b"null")
@@ -119,7 +115,6 @@ JSON = st.recursive(
 )
 
 
-@UNHURRIED
 @given(st.lists(st.integers(0, 12), max_size=8), JSON)
 def test_a_forged_manifest_is_read_or_refused(route: list[int], replacement: object) -> None:
     """Whatever is put in place of a part of it: nothing but IntegrityError comes out, or a Snapshot."""
@@ -235,7 +230,6 @@ class TestFiles:
         twin = evolve(one.vms[0], vm=evolve(one.vms[0].vm, name="bob"))
         assert files_in(evolve(one, vms=(*one.vms, twin))) == files_in(one)
 
-    @UNHURRIED
     @given(snapshots())
     def test_none_is_left_out(self, saved: Snapshot) -> None:
         def inside(value: object) -> set[StoredFile]:
@@ -273,7 +267,6 @@ class TestGarbage:
         leftover = "snapshots/s1/manifest.json.tmp"
         assert garbage([snapshot()], [leftover], []) == (leftover,)
 
-    @UNHURRIED
     @given(st.sets(st.sampled_from("abcdef")), st.sets(st.sampled_from("abcdef")), st.sampled_from("abcdef"))
     def test_nothing_needed_is_ever_garbage(self, present: set[str], in_use: set[str], layer: str) -> None:
         paths = {f"disks/{each}" for each in present}

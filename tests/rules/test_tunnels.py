@@ -28,7 +28,6 @@ from qsnap.rules.colouring import (
     tap_name,
 )
 from qsnap.rules.tunnels import TUNNEL_PORT, mtu_warning, vni
-from tests.samples import UNHURRIED
 
 IFNAMSIZ = 16
 COPIES = 100  #: of one frame; more is a loop
@@ -176,7 +175,6 @@ class Lab:
             assert self.kernels.heard_from(*tap) == Counter(audience)
 
 
-@UNHURRIED
 @given(spread(), st.sampled_from(Colour), st.data())
 def test_in_every_cut_each_frame_comes_once_and_none_passes_back(vne: VNE, active: Colour, data: st.DataObject) -> None:
     lab = Lab(vne).up(active)
@@ -190,7 +188,6 @@ def test_in_every_cut_each_frame_comes_once_and_none_passes_back(vne: VNE, activ
             lab.check(post_snapshot)
 
 
-@UNHURRIED
 @given(spread(), st.data())
 def test_while_hosts_turn_each_at_its_own_pace_nothing_changes_for_anybody(vne: VNE, data: st.DataObject) -> None:
     """All VMs are blue after a cut. Any single step of any host may come next."""
@@ -205,7 +202,6 @@ def test_while_hosts_turn_each_at_its_own_pace_nothing_changes_for_anybody(vne: 
     assert lab.kernels.ports == Lab(vne).up(Colour.BLUE).kernels.ports
 
 
-@UNHURRIED
 @given(spread(), st.data())
 def test_while_hosts_come_up_nothing_goes_round(vne: VNE, data: st.DataObject) -> None:
     lab = Lab(vne)
@@ -218,7 +214,6 @@ def test_while_hosts_come_up_nothing_goes_round(vne: VNE, data: st.DataObject) -
                 assert set(lab.kernels.heard_from(*tap).values()) <= {1}
 
 
-@UNHURRIED
 @given(spread(), st.data())
 def test_an_undone_cut_leaves_everything_as_it_was(vne: VNE, data: st.DataObject) -> None:
     lab = Lab(vne).up(Colour.RED)

@@ -29,7 +29,7 @@ from qsnap.wire.messages import (
     decode_message,
     encode_message,
 )
-from tests.samples import FINITE, UNHURRIED, snapshots
+from tests.samples import FINITE, snapshots
 
 st.register_type_strategy(float, FINITE)
 st.register_type_strategy(Snapshot, snapshots())
@@ -79,7 +79,6 @@ def test_json(message: Message, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", get_args(Message))
-@UNHURRIED
 @given(st.data())
 def test_every_message_arrives_as_it_was(kind: type[Message], data: st.DataObject) -> None:
     message = data.draw(st.from_type(kind))

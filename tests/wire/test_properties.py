@@ -73,7 +73,7 @@ pieces = st.lists(st.integers(1, 40_000), max_size=40)
 
 
 @given(bursts, pieces)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_ram_is_what_the_model_says(plan: list[Burst], sizes: list[int]) -> None:
     stream, images = build(plan)
     folded = fold(chunked(stream, sizes))
@@ -83,7 +83,7 @@ def test_ram_is_what_the_model_says(plan: list[Burst], sizes: list[int]) -> None
 
 
 @given(bursts, st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_changed_stream_is_read_or_refused(plan: list[Burst], data: st.DataObject) -> None:
     stream = bytearray(build(plan)[0])
     # Most bytes are page contents; aim at the others, where it matters, at least half of the time.
@@ -94,7 +94,7 @@ def test_a_changed_stream_is_read_or_refused(plan: list[Burst], data: st.DataObj
 
 
 @given(bursts, st.integers(0, 1 << 20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_shortened_stream_is_refused(plan: list[Burst], cut: int) -> None:
     stream = build(plan)[0]
     assert read_or_refused(stream[: cut % len(stream)], []) is None
@@ -102,13 +102,13 @@ def test_a_shortened_stream_is_refused(plan: list[Burst], cut: int) -> None:
 
 @given(st.binary(max_size=2000), st.sampled_from([b"", b.header(), b.header() + b.setup(BLOCKS)]))
 @example(b"\x08\x00\x02\xff\xff", b.header())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_garbage_is_refused(garbage: bytes, head: bytes) -> None:
     assert read_or_refused(head + garbage, []) is None
 
 
 @given(st.sampled_from(RECORDED), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_changed_recorded_stream_is_read_or_refused(name: str, data: st.DataObject) -> None:
     stream = bytearray(read_recorded(name))
     position = data.draw(st.one_of(st.integers(0, 300), st.integers(0, len(stream) - 1)))
