@@ -39,15 +39,16 @@ class Hand:
     directory: Path
     processes: list[subprocess.Popen[bytes]] = field(factory=list)
 
-    def start(self, number: int, qemu: str, *arguments: str, vms: int = 2) -> None:
+    def start(self, number: int, qemu: str, *arguments: str, vms: int = 2, boots: bool = True) -> None:
         """Start guest `number`, with one network card on the tap `handN` and a bridge of the user's."""
         tap = f"hand{number}"
         ip("tuntap", "add", tap, "mode", "tap")
         ip("link", "set", tap, "master", "handbr", "up")
         append = kernel_append(number, vms, dirty_mb=8, rate_mb=20, udp=100, tcp=1)
+        guest = ("-kernel", str(GUEST / "vmlinuz"), "-initrd", str(GUEST / "initrd"), "-append", append)
         command = [
             *("ip", "netns", "exec", NETNS, qemu, "-accel", "tcg", "-display", "none", "-name", tap),
-            *("-kernel", str(GUEST / "vmlinuz"), "-initrd", str(GUEST / "initrd"), "-append", append),
+            *(guest if boots else ()),
             *("-qmp", f"unix:{self.qmp(number)},server=on,wait=off"),
             *("-serial", f"unix:{self.console(number)},server=on,wait=off"),
             *arguments,
@@ -166,7 +167,7 @@ def start_still(hand: Hand, number: int, *arguments: str, qemu: str = QEMU_11) -
     """A VM without a guest: its firmware finds nothing to boot."""
     card = f"tap,id=lan,ifname=hand{number},script=no,downscript=no"
     device = ("-device", "e1000,netdev=lan,id=card")
-    hand.start(number, qemu, "-m", "32", "-nodefaults", "-netdev", card, *device, *arguments)
+    hand.start(number, qemu, "-m", "32", "-nodefaults", "-netdev", card, *device, *arguments, boots=False)
 
 
 async def ask(hand: Hand, number: int, command: str, **arguments: object) -> Any:
