@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import click
-import trio
 from click.shell_completion import BashComplete, FishComplete, ShellComplete, ZshComplete
 
 import qsnap
@@ -22,6 +21,7 @@ from qsnap.cli.names import complete_running, complete_saved, complete_snapshots
 from qsnap.cli.output import Answer, print_answer
 from qsnap.cli.pki import pki
 from qsnap.cli.settings import Settings, vne_named
+from qsnap.cli.signals import run_until_signal
 from qsnap.host import console as terminal
 from qsnap.host.domains import SYSTEM
 
@@ -52,7 +52,7 @@ def call(settings: Settings, function: Callable[..., Awaitable[T]], *args: objec
     """Run a function of the library to its end, at the place that the options name."""
     place = settings.place
     known = [vne_named(arg, place) if isinstance(arg, str) else arg for arg in args[:1]]
-    return trio.run(partial(function, *known, *args[1:], place=place, **kwargs))
+    return run_until_signal(partial(function, *known, *args[1:], place=place, **kwargs))
 
 
 def call_with_bars(settings: Settings, function: Callable[..., Awaitable[T]], *args: object, **kwargs: object) -> T:
@@ -114,7 +114,11 @@ def attach(settings: Settings, lab: str | None, domains: tuple[str, ...], connec
     """
     if bool(lab) == bool(domains):
         raise click.UsageError("Give either LAB.toml or --libvirt.")
-    vne = qsnap.load_description(lab) if lab else trio.run(partial(qsnap.load_domains, name, domains, connect=connect))
+    vne = (
+        qsnap.load_description(lab)
+        if lab
+        else run_until_signal(partial(qsnap.load_domains, name, domains, connect=connect))
+    )
     report = call(settings, qsnap.attach, vne)
     cut = ("--cut", "barrier") if report.barrier_only else ()
     hints = [
@@ -333,7 +337,7 @@ def host(settings: Settings, qemu: str) -> Answer:
 
     QEMU and networks are needed. The others make things faster.
     """
-    found = trio.run(partial(qsnap.abilities, qemu=qemu, place=settings.place))
+    found = run_until_signal(partial(qsnap.abilities, qemu=qemu, place=settings.place))
     return Answer(found, tables.abilities_text(found))
 
 

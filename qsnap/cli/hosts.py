@@ -17,6 +17,7 @@ from qsnap.cli.group import Command
 from qsnap.cli.names import complete_saved
 from qsnap.cli.output import Answer
 from qsnap.cli.settings import Settings, vne_named
+from qsnap.cli.signals import run_until_signal
 from qsnap.config import AGENT_PORT
 from qsnap.host.tasks import one_error
 
@@ -53,8 +54,8 @@ def agent(settings: Settings, address: str, port: int, allow: tuple[str, ...], u
     if unit:
         return _unit(settings, address, port, allow)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    with suppress(KeyboardInterrupt):  # which is how it is ended
-        trio.run(partial(_serve, settings, address, port, allow))
+    with suppress(click.Abort):  # a signal is how it is ended
+        run_until_signal(partial(_serve, settings, address, port, allow))
     return None
 
 
@@ -90,5 +91,5 @@ async def _serve(settings: Settings, address: str, port: int, allow: tuple[str, 
 def hosts(settings: Settings, vne: str, qemu: str) -> Answer:
     """Show the hosts of a VNE: what their agents can do, and what is wrong with them."""
     place = settings.place
-    found = trio.run(partial(qsnap.hosts, vne_named(vne, place), qemu=qemu, place=place))
+    found = run_until_signal(partial(qsnap.hosts, vne_named(vne, place), qemu=qemu, place=place))
     return Answer(found, tables.hosts_text(found))

@@ -1,0 +1,93 @@
+"""Signals come when they like. None is lost, and none gets between the steps of what undoes."""
+
+from __future__ import annotations
+
+import signal
+import weakref
+from collections.abc import Iterator
+
+import click
+import pytest
+import trio
+
+from qsnap.cli.signals import ENDING, interrupt_on_signals, run_until_signal
+
+LONG_S = 30.0
+
+
+class _Gone:
+    """Something to be told the end of."""
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """As the command line sets them up."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    interrupt_on_signals()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_without_one_the_answer_is_returned() -> None:
+    async def work() -> int:
+        return 5
+
+    assert run_until_signal(work) == 5
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_in_a_callback_that_may_not_raise(number: signal.Signals) -> None:
+    async def work() -> None:
+        gone = _Gone()
+        watch = weakref.ref(gone, lambda _: signal.raise_signal(number))
+        del gone
+        assert watch() is None
+        with trio.fail_after(LONG_S):
+            await trio.sleep_forever()
+
+    with pytest.raises(click.Abort):
+        run_until_signal(work)
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_while_something_is_undone(number: signal.Signals) -> None:
+    undone = []
+
+    async def work() -> None:
+        try:
+            signal.raise_signal(number)
+            with trio.fail_after(LONG_S):
+                await trio.sleep_forever()
+        finally:
+            for step in range(3):
+                signal.raise_signal(number)
+                with trio.CancelScope(shield=True):
+                    await trio.sleep(0.01)
+                undone.append(step)
+
+    with pytest.raises(click.Abort):
+        run_until_signal(work)
+    assert undone == [0, 1, 2]
+
+
+def test_an_error_while_something_is_undone() -> None:
+    async def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            await trio.sleep_forever()
+        finally:
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        run_until_signal(work)
+
+
+def test_one_that_is_ignored() -> None:
+    async def work() -> int:
+        signal.raise_signal(signal.SIGHUP)
+        await trio.sleep(0.05)
+        return 5
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    assert run_until_signal(work) == 5
