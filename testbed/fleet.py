@@ -22,6 +22,7 @@ from qsnap.host.netns import entered
 PORT = 7907
 INITIATOR = "initiator"
 START_S = 30.0
+END_S = 60.0
 
 
 T = TypeVar("T")
@@ -75,7 +76,8 @@ class Fleet:
         place = self.place(host)
         place.run.parent.mkdir(exist_ok=True)
         words = ["--port", str(PORT), "--run-dir", place.run, "--store", place.store, "--identity", place.identity]
-        command = self.hosts[host].command([sys.executable, *self.program, "agent", *map(str, words)])
+        program = [sys.executable, "-X", "faulthandler", *self.program]
+        command = self.hosts[host].command([*program, "agent", *map(str, words)])
         log = (self.root / f"{host}.log").open("ab")
         with log:
             spawn = partial(
@@ -97,9 +99,20 @@ class Fleet:
 
     async def kill(self, host: str) -> None:
         """Kill an agent as a power failure would."""
+        self.agents[host].send_signal(signal.SIGKILL)
+        await self.wait(host)
+
+    async def wait(self, host: str) -> None:
+        """Until an agent has ended. Raises RuntimeError if it does not, with what it is at."""
         agent = self.agents.pop(host)
-        agent.send_signal(signal.SIGKILL)
-        await trio.to_thread.run_sync(_wait, agent)
+        with agent, trio.CancelScope(shield=True):
+            try:
+                await trio.to_thread.run_sync(agent.wait, END_S)
+            except subprocess.TimeoutExpired as error:
+                for number in (signal.SIGABRT, signal.SIGCONT):  # it says in its log where it is (-X faulthandler)
+                    agent.send_signal(number)
+                await trio.to_thread.run_sync(agent.wait)
+                raise RuntimeError(f"the agent of {host} did not end: {self.log(host)}") from error
 
     async def run(self, *words: str, program: Sequence[str] = ("-m", "qsnap.cli")) -> Any:
         """Run a command of qsnap on the initiator, and return what it answers. Raises CommandError if it fails."""
@@ -125,12 +138,6 @@ class Fleet:
         return (self.root / f"{host}.log").read_text()
 
 
-def _wait(agent: subprocess.Popen[str]) -> None:
-    """Until it has ended."""
-    with agent:  # which closes its pipe
-        pass
-
-
 @asynccontextmanager
 async def open_fleet(
     root: Path, hosts: Mapping[str, FleetHost], *, program: Sequence[str] = ("-m", "qsnap.cli")
@@ -149,6 +156,5 @@ async def open_fleet(
     finally:
         for agent in fleet.agents.values():
             agent.terminate()
-        for agent in fleet.agents.values():
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(_wait, agent)
+        for name in list(fleet.agents):
+            await fleet.wait(name)
