@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import cattrs
 import click
-import trio
 
 import qsnap
+from qsnap.cli.signals import run_until_signal
 from scenarios.page import write_page
 from scenarios.running import ENGINES, Options, Result, run_scenario
-from scenarios.scenario import Scenario, load, names
+from scenarios.scenario import load, names
 from testbed.screen import Screen
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ def list_() -> None:
 @click.option("--vms", type=int, default=0, help="Take only the first VMs of the description.")
 @click.option("--engine", type=click.Choice([each.value for each in ENGINES]), multiple=True, help="Default: all.")
 @click.option("--cut", type=click.Choice([each.value for each in CUTS]), multiple=True, help="Default: both.")
-@click.option("--snapshots", type=click.IntRange(1), help="How many are taken.  [default: one for each engine]")
+@click.option("--snapshots", type=click.IntRange(1), help="How many are taken.  [default: the scenario's own]")
 @click.option("--short", is_flag=True, help="Less work, on few VMs.")
 @click.option("--page", type=click.Path(dir_okay=False, path_type=Path), help="[default: build/scenarios/NAME.html]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else to standard output.")
@@ -61,39 +61,23 @@ def run(
     """Run a scenario: uninterrupted, with snapshots, and from each of them again. Exits with 1 if its claim fails."""
     engines = tuple(qsnap.Engine(each) for each in engine) or ENGINES
     cuts = tuple(qsnap.Cut(each) for each in cut) or CUTS
-    options = Options(vms, hosts or "", engines, cuts, snapshots or max(len(engines), len(cuts)), short)
+    scenario = load(name)
+    usual = max(len(engines), len(cuts))
+    count = snapshots or (usual if short else scenario.snapshots or usual)
+    options = Options(vms, hosts or "", engines, cuts, count, short)
     page = page or ROOT / f"build/scenarios/{name}.html"
     screen = Screen(to_stderr=as_json)
     try:
-        result = trio.run(_run_until_signal, load(name), options, screen)
+        result = run_until_signal(partial(run_scenario, scenario, options, screen))
     except qsnap.QsnapError as error:
         screen.fault(str(error))
         sys.exit(error.exit_code)
-    if result is None:
-        sys.exit(1)
     write_page(result, page)
     show(result, screen)
     screen.say(f"The whole result: {page}", "dim")
     if as_json:
         print(json.dumps(cattrs.unstructure(result), indent=1))
     sys.exit(not result.held)
-
-
-async def _run_until_signal(scenario: Scenario, options: Options, screen: Screen) -> Result | None:
-    """Run it; Ctrl-C and the like end it in good order, and then there is no result."""
-    result = None
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-        async with trio.open_nursery() as nursery:
-
-            async def stop_at_signal() -> None:
-                async for _ in signals:
-                    screen.say(" Interrupted: taking it down", "yellow")
-                    nursery.cancel_scope.cancel()
-
-            nursery.start_soon(stop_at_signal)
-            result = await run_scenario(scenario, options, screen)
-            nursery.cancel_scope.cancel()
-    return result
 
 
 def show(result: Result, screen: Screen) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from attrs import frozen
 
@@ -37,6 +37,7 @@ class Saved:
     """A snapshot that was taken while the guests worked, and what it cost.
 
     `before` is from right before it, `after` from when it was done: its cut is between them, nearer to the first.
+    `verdict` is what the scenario read out of its images, if it does.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Saved:
     discrepancy_ms: float
     total_ms: float  #: until the last byte of the last VM
     image_bytes: int
+    verdict: Any = None
 
 
 @frozen

@@ -15,7 +15,7 @@ from attrs import define, field, frozen
 
 import qsnap
 from scenarios.checks import check_history
-from scenarios.controls import Control, check_controls, run_controls
+from scenarios.controls import Control, Damage, check_controls, run_controls
 from scenarios.history import Finding, History, Run, Sample, Saved, Way
 from scenarios.lab import Lab, open_lab
 from scenarios.scenario import Scenario, Workload
@@ -23,9 +23,10 @@ from testbed.screen import Screen
 from testbed.shell import GuestShell, GuestShellError
 
 ENGINES = (qsnap.Engine.BACKGROUND, qsnap.Engine.PRECOPY, qsnap.Engine.RECORD)
-WORK_S = 240.0
+WORK_S = 600.0
 POLL_S = 0.5
 LOGS_S = 10.0
+MIXED_S = 30.0  #: beyond twice the time of all the work, for programs whose VMs do not belong together
 
 
 @frozen
@@ -47,7 +48,7 @@ class Options:
             for number, engine in enumerate(self.engines)
         ]
         for number, (engine, cut) in enumerate(islice(cycle(turns), self.snapshots), start=1):
-            yield 0.1 + 0.8 * number / (self.snapshots + 1), engine, cut
+            yield 0.1 + 0.6 * number / (self.snapshots + 1), engine, cut
 
 
 @frozen
@@ -103,7 +104,8 @@ async def run_scenario(scenario: Scenario, options: Options, screen: Screen) -> 
         return (*check_history(history), *scenario.check(history))
 
     findings = check(history)
-    controls = run_controls(check, history, course.spoiled)
+    assert course.damage is not None
+    controls = run_controls(check, history, course.damage)
     return Result(*result, findings=(*findings, check_controls(findings, controls)), controls=controls)
 
 
@@ -116,7 +118,8 @@ class Course:
     vne: qsnap.VNE
     screen: Screen
     runs: list[Run[Any]] = field(factory=list)
-    spoiled: Any = None
+    damage: Damage[Any] | None = None
+    kept: dict[str, qsnap.Snapshot] = field(factory=dict)  #: what is there to be restored, by name, in order
     failure: Failure | None = None
 
     async def run(self) -> None:
@@ -124,23 +127,22 @@ class Course:
         async with self.lab() as (lab, workload):
             self.runs.append(await self.uninterrupted(lab, workload))
         async with self.lab() as (lab, workload):
-            snapshotted = await self.snapshotted(lab, workload)
-            self.runs.append(snapshotted)
-            for saved in snapshotted.saved:
-                self.runs.append(await self.restored(lab, workload, saved))
-            await workload.spoil()
-            self.spoiled = await workload.outcome()
+            self.runs.append(await self.snapshotted(lab, workload))
+            for name in self.kept:
+                self.runs.append(await self.restored(lab, workload, name))
+            self.damage = await self.do_damage(lab, workload)
 
     @asynccontextmanager
     async def lab(self) -> AsyncIterator[tuple[Lab, Workload]]:
         """A lab with nothing up, and its workload; what is said in it when something fails is kept."""
         with tempfile.TemporaryDirectory(prefix="qsnap-", dir="/var/tmp") as root:
-            async with open_lab(self.vne, Path(root), hosts=self.options.hosts) as lab:
-                workload = self.scenario.make(lab.shells, self.options.short)
+            where = open_lab(self.vne, Path(root), hosts=self.options.hosts, shells=self.scenario.shells)
+            async with where as lab:
+                workload = self.scenario.make(lab.guests, self.options.short)
                 try:
                     yield lab, workload
                 except Exception as error:
-                    self.failure = Failure(_text(error), lab.consoles(), await _logs(workload, lab.shells))
+                    self.failure = Failure(_text(error), lab.consoles(), await _logs(workload, lab.guests))
                     raise
 
     async def uninterrupted(self, lab: Lab, workload: Workload) -> Run[Any]:
@@ -156,14 +158,55 @@ class Course:
         samples, saved = await self.watch(lab, workload, Way.SNAPSHOTTED.value, plan)
         return Run(Way.SNAPSHOTTED, await workload.outcome(), boots, samples, saved, len(plan))
 
-    async def restored(self, lab: Lab, workload: Workload, saved: Saved) -> Run[Any]:
+    async def restored(self, lab: Lab, workload: Workload, name: str) -> Run[Any]:
         """All VMs are killed and brought back; then the rest of the work."""
         await lab.kill()
-        report = await lab.restore(saved.name)
-        samples, _ = await self.watch(lab, workload, f"restored from {saved.name}", ())
+        report = await lab.restore(name)
+        return await self.go_on(lab, workload, name, report.ready_ms)
+
+    async def go_on(self, lab: Lab, workload: Workload, origin: str, ready_ms: float) -> Run[Any]:
+        """The rest of the work after a restore."""
+        samples, _ = await self.watch(lab, workload, f"restored from {origin}", ())
         boots = await lab.boots()
-        outcome = await workload.outcome()
-        return Run(Way.RESTORED, outcome, boots, samples, origin=saved.name, ready_ms=report.ready_ms)
+        return Run(Way.RESTORED, await workload.outcome(), boots, samples, origin=origin, ready_ms=ready_ms)
+
+    async def do_damage(self, lab: Lab, workload: Workload) -> Damage[Any]:
+        """Make several things wrong, one after the other, for the controls."""
+        await workload.spoil()
+        outcome, mixed = await workload.outcome(), None
+        verdicts: list[tuple[str, Any]] = []
+        kept, vm = list(self.kept.values()), lab.vne.vms[-1].name
+        first, last = kept[0], kept[-1]
+        if first is not last and self.scenario.judge is not None:
+            for wrong, images in lab.wrong_images(first, last, vm):
+                verdicts.append((wrong, await self.judged(images)))
+        if first is not last and self.scenario.epochs:
+            with self.screen.step(f"Restoring {vm} from {last.name}, the others from {first.name}") as done:
+                mixed = await self.mixed(lab, workload, first.name, last.name, vm)
+                done.append(f"{vm} was restored from {last.name}, the others from {first.name}")
+        lab.flip(last, vm)
+        try:
+            await lab.verify(last.name)
+        except qsnap.IntegrityError as error:
+            return Damage(outcome, mixed, tuple(verdicts), str(error))
+        return Damage(outcome, mixed, tuple(verdicts))
+
+    async def mixed(self, lab: Lab, workload: Workload, most: str, one: str, vm: str) -> Run[Any] | str:
+        """One VM is restored from another snapshot than the others. Why that comes to no end, if it does not."""
+        await lab.mix("mixed", most, one, vm)
+        await lab.kill()
+        report = await lab.restore("mixed")
+        try:
+            with trio.fail_after(2 * self.runs[0].samples[-1].at_s + MIXED_S):
+                return await self.go_on(lab, workload, most, report.ready_ms)
+        except Exception as error:  # what programs may do then has no bounds
+            return _text(error)
+
+    async def judged(self, images: Mapping[str, Sequence[Path]]) -> Any:
+        """What the images of a snapshot say to this scenario."""
+        if self.scenario.judge is None:
+            return None
+        return await trio.to_thread.run_sync(self.scenario.judge, images)
 
     async def start(self, lab: Lab, workload: Workload) -> dict[str, str]:
         """Boot, and set the work going. Returns how the guests are told from what they are after another boot."""
@@ -196,7 +239,12 @@ class Course:
                     _, engine, cut = plan[len(saved)]
                     name = f"{engine.value}-{cut.value}-{len(saved) + 1}"
                     taken = await lab.snapshot(name, engine, cut)
-                    saved.append(_describe(taken, now, await look()))
+                    after = await look()
+                    if self.scenario.judge is not None:
+                        await self.make_room(lab, engine, cut)
+                        taken = await lab.flatten(taken)
+                    self.kept[name] = taken
+                    saved.append(_describe(taken, now, after, await self.judged(lab.images(taken))))
                     self.screen.mark(
                         f"Saved {name} at {now.mean:.0%} of the work", f"{saved[-1].downtime_ms:.1f} ms of downtime"
                     )
@@ -205,8 +253,14 @@ class Course:
         self.screen.mark(f"The work is done, {title}", f"{samples[-1].at_s:.1f} s")
         return tuple(samples), tuple(saved)
 
+    async def make_room(self, lab: Lab, engine: qsnap.Engine, cut: qsnap.Cut) -> None:
+        """Remove the snapshot before of this engine with this cut, which was judged."""
+        for name in [name for name in self.kept if name.startswith(f"{engine.value}-{cut.value}-")]:
+            await lab.remove(name)
+            del self.kept[name]
 
-def _describe(taken: qsnap.Snapshot, before: Sample, after: Sample) -> Saved:
+
+def _describe(taken: qsnap.Snapshot, before: Sample, after: Sample, verdict: Any) -> Saved:
     figures = [vm.measurements for vm in taken.vms]
     return Saved(
         taken.name,
@@ -218,10 +272,11 @@ def _describe(taken: qsnap.Snapshot, before: Sample, after: Sample) -> Saved:
         taken.discrepancy_ms,
         max(each.total_ms for each in figures),
         sum(each.image_bytes for each in figures),
+        verdict,
     )
 
 
-async def _logs(workload: Workload, shells: Mapping[str, GuestShell]) -> dict[str, str]:
+async def _logs(workload: Workload, guests: Mapping[str, Any]) -> dict[str, str]:
     """What the programs said, of those guests that still answer."""
     said: dict[str, str] = {}
 
@@ -232,8 +287,9 @@ async def _logs(workload: Workload, shells: Mapping[str, GuestShell]) -> dict[st
             said[name] = str(error)
 
     async with trio.open_nursery() as nursery:
-        for name, shell in shells.items():
-            nursery.start_soon(ask, name, shell)
+        for name, guest in guests.items():
+            if isinstance(guest, GuestShell):  # what a test guest says is on its console
+                nursery.start_soon(ask, name, guest)
     return said
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,6 @@ from attrs import evolve, frozen
 
 import qsnap
 from scenarios.history import Finding, History
-from testbed.shell import GuestShell
 
 HERE = Path(__file__).resolve().parent
 
@@ -38,14 +37,26 @@ class Workload(Protocol):
 
 @frozen
 class Scenario:
-    """A workload on a VNE, and what is claimed of it. `make` gets the guests' shells and whether the run is short."""
+    """A workload on a VNE, and what is claimed of it.
+
+    Attributes:
+        make: the workload, of the guests and whether the run is short. They are shells, or consoles of test guests.
+        judge: what the files of each VM's RAM in a snapshot say; the check finds it in the history.
+        epochs: whether the check finds out that one VM was restored from another snapshot than the others. Programs
+            that begin all over when a connection breaks may get over that.
+        snapshots: how many are taken where nobody says; 0 is one for each engine.
+    """
 
     name: str
     claim: str
-    make: Callable[[Mapping[str, GuestShell], bool], Workload]
+    make: Callable[[Mapping[str, Any], bool], Workload]
     check: Callable[[History[Any]], tuple[Finding, ...]]
     fewest_vms: int
     short_vms: int
+    shells: bool = True
+    judge: Callable[[Mapping[str, Sequence[Path]]], Any] | None = None
+    epochs: bool = True
+    snapshots: int = 0
 
     def vne(self, vms: int = 0) -> qsnap.VNE:
         """What vne.toml describes, or the first VMs of it. Raises ConfigError if that is too few or more than all."""

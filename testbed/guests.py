@@ -7,6 +7,7 @@ So every command carries a tag, an answer is the line that brings the tag back, 
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from itertools import count
 from types import TracebackType
@@ -82,7 +83,8 @@ class GuestConsole:
         """Close the connection; the guest does not notice."""
         if self._stream is not None:
             await self._stream.aclose()
-            self._stream = None
+            self._stream, self._partial = None, b""
+            self._lines.clear()
 
     async def command(self, line: str) -> dict[str, Any]:
         """Send one command and wait for its answer, for as long as the caller's cancel scope allows.
@@ -121,6 +123,10 @@ class GuestConsole:
                             status = (await self._answer(tag)).get("status")  # none if the command was mangled
                             if status and status["ready"]:
                                 return GuestState.from_json(status)
+
+    async def boot(self) -> str:
+        """The number that the guest makes up once in its life; it may be still booting."""
+        return f"{(await self.wait_ready(math.inf)).nonce:016x}"
 
     def tail(self, lines: int = 20) -> str:
         """The last lines of the console, for an error report."""

@@ -170,4 +170,5 @@ SCENARIO = Scenario(
     check=check,
     fewest_vms=3,
     short_vms=3,
+    epochs=False,
 )

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 20.0
 
 
 class Server:

@@ -20,7 +20,7 @@ from testbed.tasks import together
 
 CLIENT = Path(__file__).with_name("client.py").read_bytes()
 SIZES = tuple(1 << power for power in range(9, 19))  #: of the files: 512 B to 256 KiB
-WHOLE, SHORT = 3000, 400  #: requests of each client
+WHOLE, SHORT = 3000, 600  #: requests of each client
 SPOILED = 100  #: in the negative control
 PER_SECOND = 40
 SERVER = "10.1.0.1"

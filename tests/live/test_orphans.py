@@ -14,7 +14,7 @@ from qsnap.host import saving
 from qsnap.host.capture import Background
 from tests.live.lab import judge, open_consoles, statuses
 
-SNAPSHOTS = 30
+SNAPSHOTS = 16
 LATE_S = 2.0
 
 

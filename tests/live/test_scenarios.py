@@ -1,4 +1,4 @@
-"""The scenarios, short: real programs on few VMs, one snapshot in the middle of their work, and the restore of it."""
+"""The scenarios, short: programs on few VMs, a snapshot or two in the middle of their work, and their restores."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from testbed.screen import Screen
 
 @pytest.mark.parametrize("name", names())
 async def test_scenario(name: str) -> None:
-    options = Options(engines=(qsnap.Engine.AUTO,), cuts=(qsnap.Cut.COLOUR,), snapshots=1, short=True)
-    result = await run_scenario(load(name), options, Screen())
+    scenario = load(name)
+    many = scenario.epochs or scenario.judge is not None  # of which two can be mixed
+    engines = (qsnap.Engine.BACKGROUND, qsnap.Engine.PRECOPY) if many else (qsnap.Engine.AUTO,)
+    options = Options(engines=engines, cuts=(qsnap.Cut.COLOUR,), snapshots=len(engines), short=True)
+    result = await run_scenario(scenario, options, Screen())
     assert result.failure is None, result.failure
     assert [finding for finding in result.findings if not finding.held] == []
 

@@ -37,7 +37,7 @@ async def test_shell(place: qsnap.Place, memory_path: Path) -> None:
     vne = qsnap.VNE("lab", (make_vm(socket),), (qsnap.Network("lan"),))
     async with qsnap.running(vne, place=place), GuestShell("vm1", socket) as shell:
         started_s = trio.current_time()
-        await shell.wait_ready(60)
+        await shell.boot()
         assert trio.current_time() - started_s < BOOT_S
         assert await shell.run("hostname; hostname -I") == "alice\n10.1.0.1"
         assert await shell.complete("echo out; echo err >&2; exit 3") == Completed(3, "out\n", "err\n")

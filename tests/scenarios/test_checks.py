@@ -9,10 +9,11 @@ from attrs import evolve
 
 from scenarios.bittorrent.check import Outcome, check
 from scenarios.checks import check_history
-from scenarios.controls import Control, check_controls, run_controls
+from scenarios.controls import MIXED, Control, Damage, check_controls, run_controls
 from scenarios.history import Finding, History, Run, Saved
 from tests.scenarios.histories import BAD, GOOD, good_history, outcome, sample
 
+DAMAGE = Damage(outcome(2, BAD), flipped="sha256 is another")
 Bad = Callable[[Run[Outcome]], Run[Outcome]]
 
 
@@ -94,8 +95,26 @@ def test_a_wrong_seed_is_found() -> None:
 
 def test_controls_refute_every_claim() -> None:
     history = good_history()
-    controls = run_controls(check_all, history, outcome(2, BAD))
+    controls = run_controls(check_all, history, DAMAGE)
     assert check_controls(check_all(history), controls).held
+
+
+def test_an_epoch_that_is_not_noticed() -> None:
+    """Neither by the check, nor because it comes to no end."""
+    history = good_history()
+    unnoticed, stuck = (
+        run_controls(check_all, history, evolve(DAMAGE, mixed=mixed)) for mixed in (history.runs[-1], "it hangs")
+    )
+    assert check_controls(check_all(history), unnoticed).faults == (f"nothing is found where {MIXED}",)
+    assert check_controls(check_all(history), stuck).held
+
+
+def test_a_flipped_bit_that_is_not_noticed() -> None:
+    history = good_history()
+    controls = run_controls(check_all, history, evolve(DAMAGE, flipped=""))
+    assert check_controls(check_all(history), controls).faults == (
+        "nothing is found where a bit of a stored image is another one",
+    )
 
 
 def test_a_check_that_finds_nothing_is_found_out() -> None:
@@ -105,7 +124,7 @@ def test_a_check_that_finds_nothing_is_found_out() -> None:
         return (*check_all(history), blind)
 
     history = good_history()
-    controls = run_controls(check_blindly, history, outcome(2, BAD))
+    controls = run_controls(check_blindly, history, DAMAGE)
     assert check_controls(check_blindly(history), controls).faults == ("no control refutes: Blind.",)
 
 

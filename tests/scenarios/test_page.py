@@ -61,4 +61,4 @@ def test_the_plan_takes_all_pairs_in_the_middle() -> None:
     shares = [share for share, _, _ in plan]
     assert shares == sorted(shares)
     assert 0.1 < shares[0] < shares[-1] < 0.9
-    assert [share for share, _, _ in Options(snapshots=1).plan()] == [0.5]
+    assert [share for share, _, _ in Options(snapshots=1).plan()] == [0.4]
