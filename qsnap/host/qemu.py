@@ -23,7 +23,7 @@ from qsnap.errors import HostError, QemuError
 from qsnap.host.clock import steady_s
 from qsnap.model import Accelerator
 
-KVM_PROBE_TIMEOUT_S = 15.0
+KVM_PROBE_TIMEOUT_S = 60.0  # in a machine with an emulated KVM, on a busy host, a probe that went well took 15
 DYING_S = 0.3
 _PACKAGES = {
     "qemu-img": "qemu-utils",
