@@ -6,11 +6,11 @@ import signal
 import weakref
 from collections.abc import Iterator
 
-import click
 import pytest
 import trio
 
 from qsnap.cli.signals import ENDING, interrupt_on_signals, run_until_signal
+from qsnap.host.interrupts import interruptible
 
 LONG_S = 30.0
 
@@ -46,7 +46,7 @@ def test_in_a_callback_that_may_not_raise(number: signal.Signals) -> None:
         with trio.fail_after(LONG_S):
             await trio.sleep_forever()
 
-    with pytest.raises(click.Abort):
+    with pytest.raises(KeyboardInterrupt):
         run_until_signal(work)
 
 
@@ -66,7 +66,7 @@ def test_while_something_is_undone(number: signal.Signals) -> None:
                     await trio.sleep(0.01)
                 undone.append(step)
 
-    with pytest.raises(click.Abort):
+    with pytest.raises(KeyboardInterrupt):
         run_until_signal(work)
     assert undone == [0, 1, 2]
 
@@ -91,3 +91,51 @@ def test_one_that_is_ignored() -> None:
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     assert run_until_signal(work) == 5
+
+
+def test_in_a_script() -> None:
+    """Where Ctrl-C comes is no matter: it waits until what was begun is undone."""
+    undone = []
+
+    @interruptible
+    async def work(number: int) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+            await trio.sleep_forever()
+        finally:
+            undone.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(work, 7)
+    assert undone == [7]
+
+
+def test_in_a_script_that_heeds_signals_itself() -> None:
+    @interruptible
+    async def work() -> int:
+        signal.raise_signal(signal.SIGINT)
+        await trio.sleep(0.05)
+        return 5
+
+    async def main() -> tuple[int, int]:
+        with trio.open_signal_receiver(signal.SIGINT) as signals:
+            done = await work()
+            return done, await anext(aiter(signals))
+
+    assert trio.run(main) == (5, signal.SIGINT)
+
+
+def test_in_a_script_before_anything_is_begun() -> None:
+    begun = []
+
+    @interruptible
+    async def work() -> None:
+        begun.append(True)
+
+    async def main() -> None:
+        signal.raise_signal(signal.SIGINT)  # trio keeps it for the next checkpoint
+        await work()
+
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)
+    assert not begun

@@ -54,7 +54,7 @@ def agent(settings: Settings, address: str, port: int, allow: tuple[str, ...], u
     if unit:
         return _unit(settings, address, port, allow)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    with suppress(click.Abort):  # a signal is how it is ended
+    with suppress(KeyboardInterrupt):  # which is how it is ended
         run_until_signal(partial(_serve, settings, address, port, allow))
     return None
 

@@ -22,6 +22,7 @@ from qsnap.fleet.asking import ask_all, ask_one, ask_parts, gather, on_each, ref
 from qsnap.fleet.coordinator import carry_out
 from qsnap.fleet.spread import remember, spread_of, spreads
 from qsnap.host import attaching, catalogue, converting, lifecycle, recovery
+from qsnap.host.interrupts import interruptible
 from qsnap.host.place import Place, Progress, no_progress
 from qsnap.host.reporting import Report, write_report
 from qsnap.host.tasks import run_all
@@ -59,6 +60,7 @@ from qsnap.wire import messages as m
 log = logging.getLogger("qsnap")
 
 
+@interruptible
 async def up(vne: VNE, *, place: Place | None = None, progress: Progress = no_progress) -> VNEStatus:
     """Start all VMs of a VNE, and let them run together.
 
@@ -72,6 +74,7 @@ async def up(vne: VNE, *, place: Place | None = None, progress: Progress = no_pr
     return in_order(vne, whole_status(statuses))
 
 
+@interruptible
 async def snapshot(
     vne: str,
     name: str | None = None,
@@ -109,6 +112,7 @@ def decide_snapshot(votes: Sequence[tuple[VMSnapshot, ...]]) -> Outcome:
     return Outcome(time.time(), (max(stops) - min(stops)) * 1e3 if stops else 0.0)
 
 
+@interruptible
 async def restore(
     vne: str,
     name: str,
@@ -184,6 +188,7 @@ async def statuses(*, place: Place | None = None) -> tuple[VNEStatus, ...]:
     return tuple(here)
 
 
+@interruptible
 async def down(vne: str, *, place: Place | None = None) -> None:
     """End a VNE: its VMs, networks, huge pages and every disk layer that no snapshot holds.
 
@@ -228,6 +233,7 @@ async def verify(vne: str, name: str, *, place: Place | None = None, progress: P
     return await gather(whole, m.Verify(vne, name), place, progress)
 
 
+@interruptible
 async def remove(vne: str, name: str, *, place: Place | None = None) -> tuple[str, ...]:
     """Remove a snapshot, and the files that no other snapshot and no running VM needs; returns their paths."""
     place = place or Place()
@@ -238,6 +244,7 @@ async def remove(vne: str, name: str, *, place: Place | None = None) -> tuple[st
     return tuple(path for reply in replies for path in reply.names)
 
 
+@interruptible
 async def convert(vne: str, name: str, *, place: Place | None = None, progress: Progress = no_progress) -> Snapshot:
     """Turn a snapshot of the engine `record` into the flat form, which can be mapped, and return what it is now."""
     place = place or Place()
@@ -248,6 +255,7 @@ async def convert(vne: str, name: str, *, place: Place | None = None, progress: 
     return await show(vne, name, place=place)
 
 
+@interruptible
 async def recover(vne: str | None = None, *, place: Place | None = None) -> tuple[str, ...]:
     """Put right what a killed qsnap has left of one VNE, or of all; the next operation on it would do so too.
 
@@ -261,6 +269,7 @@ async def recover(vne: str | None = None, *, place: Place | None = None) -> tupl
     return tuple(sorted({name for reply in replies for name in reply.names}))
 
 
+@interruptible
 async def attach(vne: VNE, *, place: Place | None = None) -> AttachReport:
     """Make the running VMs that a description names known to qsnap. They need a QMP socket that nobody else uses.
 
@@ -282,6 +291,7 @@ async def attach(vne: VNE, *, place: Place | None = None) -> AttachReport:
     return whole_attach_report(reports)
 
 
+@interruptible
 async def detach(vne: str, *, place: Place | None = None) -> None:
     """Forget a VNE that qsnap is attached to. Its VMs run on; taps and bridges are as they were found."""
     place = place or Place()
