@@ -23,7 +23,7 @@ from testbed.screen import Screen
 from testbed.shell import GuestShell, GuestShellError
 
 ENGINES = (qsnap.Engine.BACKGROUND, qsnap.Engine.PRECOPY, qsnap.Engine.RECORD)
-WORK_S = 600.0
+WORK_S = 1200.0
 POLL_S = 0.5
 LOGS_S = 10.0
 MIXED_S = 30.0  #: beyond twice the time of all the work, for programs whose VMs do not belong together
@@ -83,7 +83,7 @@ class Result:
 
 async def run_scenario(scenario: Scenario, options: Options, screen: Screen) -> Result:
     """Run it and judge. What fails in the guests is in the result; QsnapError for what cannot be begun."""
-    vne = scenario.vne(options.vms or (scenario.short_vms if options.short else 0))
+    vne = scenario.vne(options.vms or (scenario.short_vms if options.short else scenario.usual_vms))
     started_s, begun_s = time.time(), trio.current_time()
     course = Course(scenario, options, vne, screen)
     failure = None

@@ -45,6 +45,7 @@ class Scenario:
         epochs: whether the check finds out that one VM was restored from another snapshot than the others. Programs
             that begin all over when a connection breaks may get over that.
         snapshots: how many are taken where nobody says; 0 is one for each engine.
+        usual_vms: how many there are where nobody says and the run is not short; 0 is all that are described.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Scenario:
     judge: Callable[[Mapping[str, Sequence[Path]]], Any] | None = None
     epochs: bool = True
     snapshots: int = 0
+    usual_vms: int = 0
 
     def vne(self, vms: int = 0) -> qsnap.VNE:
         """What vne.toml describes, or the first VMs of it. Raises ConfigError if that is too few or more than all."""

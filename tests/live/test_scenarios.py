@@ -16,8 +16,10 @@ from testbed.fleet import INITIATOR, open_fleet
 from testbed.hosts import hosts_in_namespaces
 from testbed.screen import Screen
 
+LONG = {"mpi_hpcc", "mpi_lammps", "r_snow"}  #: they take minutes, and images that take minutes to build
 
-@pytest.mark.parametrize("name", names())
+
+@pytest.mark.parametrize("name", sorted({*names()} - LONG))
 async def test_scenario(name: str) -> None:
     scenario = load(name)
     many = scenario.epochs or scenario.judge is not None  # of which two can be mixed

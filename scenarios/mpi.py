@@ -1,0 +1,44 @@
+"""Programs of MPI on guests: a rank on each, started over SSH from the first and joined by TCP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from scenarios.processes import MAKE_WATCHED, start_job
+from scenarios.ssh import SSH, serve_ssh
+from testbed.shell import GuestShell, run_everywhere
+
+DIRECTORY = "/srv/work"  #: where the ranks run; what the first leaves there is what comes of the work
+#: A rank that waits asks for its message all the time, and calls sched_yield in between: which becomes a short sleep,
+#: or all guests would take processor time from the one that is waited for.
+PREPARE = f"""\
+rm -rf {DIRECTORY} && mkdir -p {DIRECTORY}
+gcc -shared -o /run/yield.so -x c - <<<'int usleep(unsigned); int sched_yield(void) {{ return usleep(50); }}'
+"""
+RUN = (
+    "mpirun --allow-run-as-root --hostfile /run/hosts --map-by node --bind-to none"
+    f" --mca plm_rsh_agent '{SSH}' --mca plm_rsh_no_tree_spawn 1 --mca pml ob1 --mca btl tcp,self"
+    " --mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 --mca mpi_yield_when_idle 1"
+    " /run/watched nice env LD_PRELOAD=/run/yield.so {program}"  # so that the guest answers meanwhile
+)
+LOGS = f"tail -n 30 /run/job.log {DIRECTORY}/*; ss -tn | head -n 40; ps -ef | tail -n 30"
+
+
+def address(name: str) -> str:
+    """The address of `node-7`, 10.1.0.7."""
+    return f"10.1.0.{name.removeprefix('node-')}"
+
+
+async def start_ranks(shells: Mapping[str, GuestShell], program: str, files: Mapping[str, str]) -> None:
+    """Start a program as a rank on each guest, beside files that the first one has, by name."""
+    await serve_ssh(shells)
+    await run_everywhere(shells.values(), PREPARE + MAKE_WATCHED)
+    written = [f"cat >{DIRECTORY}/{name} <<'END'\n{text}END" for name, text in files.items()]
+    hosts = "\n".join(f"{address(name)} slots=1" for name in shells)
+    await first(shells).run("\n".join((*written, f"cat >/run/hosts <<'END'\n{hosts}\nEND")))
+    await start_job(first(shells), RUN.format(program=program), DIRECTORY)
+
+
+def first(shells: Mapping[str, GuestShell]) -> GuestShell:
+    """The guest that starts the others and has rank 0."""
+    return next(iter(shells.values()))

@@ -1,0 +1,1 @@
+"""Molecules that melt in LAMMPS, saved in the middle."""

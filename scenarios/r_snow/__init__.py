@@ -1,0 +1,1 @@
+"""A cluster of R with snow, saved in the middle of its rounds."""

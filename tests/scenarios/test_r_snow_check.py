@@ -1,0 +1,57 @@
+"""The check of the scenario `r_snow`, on a good history and on bad ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from attrs import evolve
+
+from scenarios.history import History, Run, Way
+from scenarios.processes import Worker
+from scenarios.r_snow.check import Outcome, check
+from tests.scenarios.histories import sample
+
+WORKERS = (Worker("node-1", ("100:7",), "100:7"), Worker("node-2", ("90:8",), "90:8"))
+GOOD = Outcome(3, ("1 0.5", "2 0.25", "3 0.125"), WORKERS)
+ROUNDS, SAME, PROCESSES = "All rounds were", "All runs come", "What was restored"
+
+
+def history(restored: Outcome = GOOD) -> History[Outcome]:
+    samples = (sample(0, 0.5, 0.5), sample(1, 1, 1))
+    other = (Worker("node-1", ("100:6",), "100:6"), Worker("node-2", ("90:7",), "90:7"))
+    first = Run(Way.UNINTERRUPTED, evolve(GOOD, workers=other), {}, samples)
+    second = Run(Way.SNAPSHOTTED, GOOD, {}, samples)
+    return History((first, second, Run(Way.RESTORED, restored, {}, samples, origin="one")))
+
+
+def refuted(judged: History[Outcome]) -> list[str]:
+    return [" ".join(finding.claim.split()[:3]) for finding in check(judged) if not finding.held]
+
+
+def test_a_good_history() -> None:
+    assert refuted(history()) == []
+
+
+def came(*lines: str) -> Callable[[Outcome], Outcome]:
+    return lambda outcome: evolve(outcome, lines=lines)
+
+
+BAD: dict[str, tuple[Callable[[Outcome], Outcome], list[str]]] = {
+    "another digit": (came("1 0.5", "2 0.26", "3 0.125"), [SAME]),
+    "another end": (came("1 0.5", "2 0.25", "3 0.126"), [SAME]),
+    "a round less": (came("1 0.5", "2 0.25"), [ROUNDS, SAME]),
+    "a round lost": (came("1 0.5", "3 0.125"), [ROUNDS, SAME]),
+    "a round twice": (came("1 0.5", "2 0.25", "2 0.25", "3 0.125"), [ROUNDS, SAME]),
+    "no round": (came(), [ROUNDS, SAME]),
+    "another process": (
+        lambda outcome: evolve(outcome, workers=(WORKERS[0], Worker("node-2", ("90:9",), "90:9"))),
+        [PROCESSES],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_run(name: str) -> None:
+    change, claims = BAD[name]
+    assert refuted(history(change(GOOD))) == claims
