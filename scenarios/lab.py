@@ -134,9 +134,8 @@ class Lab:
 
     async def down(self) -> None:
         """End it, if it is up."""
-        with trio.CancelScope(shield=True):
-            if any((place.run / self.vne.name).exists() for place in self.places.values()):
-                await self.call(qsnap.down, self.vne.name)
+        if any((place.run / self.vne.name).exists() for place in self.places.values()):
+            await self.call(qsnap.down, self.vne.name)
 
     async def boots(self) -> dict[str, str]:
         """The number that each guest makes up once in its life; they may be still booting."""
@@ -180,9 +179,10 @@ async def open_lab(vne: qsnap.VNE, root: Path, *, hosts: str = "", shells: bool 
         try:
             yield lab
         finally:
-            for guest in guests.values():
-                await guest.aclose()
-            await lab.down()
+            with trio.CancelScope(shield=True):
+                await lab.down()
+                for guest in guests.values():
+                    await guest.aclose()
 
 
 @asynccontextmanager

@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+import trio
 from attrs import define, evolve
 
 import qsnap
+from qsnap.host.qemu import find_processes
+from scenarios.lab import open_lab
 from scenarios.running import Options, run_scenario
 from scenarios.scenario import load, names
 from scenarios.web.workload import Web
@@ -49,6 +52,15 @@ async def test_a_workload_that_fails() -> None:
     assert set(result.failure.consoles) == set(result.failure.logs) == {"server", "client-1"}
     assert "guest-shell is ready" in result.failure.consoles["server"]
     assert "AH00094: Command line" in result.failure.logs["server"]
+
+
+async def test_one_that_is_cancelled_leaves_nothing(tmp_path: Path) -> None:
+    with trio.CancelScope() as scope:
+        async with open_lab(load("partition").vne(), tmp_path, shells=False) as lab:
+            await lab.up()
+            scope.cancel()
+            await trio.sleep_forever()
+    assert not find_processes([str(tmp_path)])
 
 
 async def test_a_signal_from_the_terminal_leaves_agents_be(memory_path: Path) -> None:
