@@ -1,11 +1,17 @@
-"""A good history of a BitTorrent scenario, for tests that make something wrong in it."""
+"""Good histories, for tests that make something wrong in them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from attrs import evolve
 
 from scenarios.bittorrent.check import Download, Outcome
-from scenarios.history import History, Run, Sample, Saved, Way
+from scenarios.history import Finding, History, Run, Sample, Saved, Way
+from scenarios.processes import Worker
+
+T = TypeVar("T")
 
 GOOD, BAD = "aa" * 32, "bb" * 32
 NAMES = ("background-colour-1", "precopy-barrier-2")
@@ -46,3 +52,20 @@ def good_history() -> History[Outcome]:
     third = Run(Way.RESTORED, outcome(2), boots[1], (sample(0, 0.5, 0.3), sample(5, 1, 1)), origin=NAMES[0])
     fourth = evolve(third, samples=(sample(0, 1, 0.6), sample(3, 1, 1)), origin=NAMES[1])
     return History((first, second, third, fourth))
+
+
+WORKERS = (Worker("node-1", ("100:7",), "100:7"), Worker("node-2", ("90:8",), "90:8"))
+OTHER_WORKERS = (Worker("node-1", ("100:6",), "100:6"), Worker("node-2", ("90:7",), "90:7"))
+
+
+def history_of(uninterrupted: T, snapshotted: T, restored: T) -> History[T]:
+    """Three runs that came to this."""
+    samples = (sample(0, 0.5, 0.5), sample(1, 1, 1))
+    first = Run(Way.UNINTERRUPTED, uninterrupted, {}, samples)
+    second = Run(Way.SNAPSHOTTED, snapshotted, {}, samples)
+    return History((first, second, Run(Way.RESTORED, restored, {}, samples, origin="one")))
+
+
+def refuted_by(check: Callable[[History[T]], Sequence[Finding]], history: History[T]) -> list[str]:
+    """The first three words of each claim that does not hold."""
+    return [" ".join(finding.claim.split()[:3]) for finding in check(history) if not finding.held]

@@ -7,26 +7,21 @@ from collections.abc import Callable
 import pytest
 from attrs import evolve
 
-from scenarios.history import History, Run, Way
+from scenarios.history import History
 from scenarios.processes import Worker
 from scenarios.r_snow.check import Outcome, check
-from tests.scenarios.histories import sample
+from tests.scenarios.histories import OTHER_WORKERS, WORKERS, history_of, refuted_by
 
-WORKERS = (Worker("node-1", ("100:7",), "100:7"), Worker("node-2", ("90:8",), "90:8"))
 GOOD = Outcome(3, ("1 0.5", "2 0.25", "3 0.125"), WORKERS)
 ROUNDS, SAME, PROCESSES = "All rounds were", "All runs come", "What was restored"
 
 
 def history(restored: Outcome = GOOD) -> History[Outcome]:
-    samples = (sample(0, 0.5, 0.5), sample(1, 1, 1))
-    other = (Worker("node-1", ("100:6",), "100:6"), Worker("node-2", ("90:7",), "90:7"))
-    first = Run(Way.UNINTERRUPTED, evolve(GOOD, workers=other), {}, samples)
-    second = Run(Way.SNAPSHOTTED, GOOD, {}, samples)
-    return History((first, second, Run(Way.RESTORED, restored, {}, samples, origin="one")))
+    return history_of(evolve(GOOD, workers=OTHER_WORKERS), GOOD, restored)
 
 
 def refuted(judged: History[Outcome]) -> list[str]:
-    return [" ".join(finding.claim.split()[:3]) for finding in check(judged) if not finding.held]
+    return refuted_by(check, judged)
 
 
 def test_a_good_history() -> None:
