@@ -75,7 +75,8 @@ def test_an_error_while_something_is_undone() -> None:
     async def work() -> None:
         try:
             signal.raise_signal(signal.SIGTERM)
-            await trio.sleep_forever()
+            with trio.fail_after(LONG_S):
+                await trio.sleep_forever()
         finally:
             raise LookupError
 
@@ -101,7 +102,8 @@ def test_in_a_script() -> None:
     async def work(number: int) -> None:
         try:
             signal.raise_signal(signal.SIGINT)
-            await trio.sleep_forever()
+            with trio.fail_after(LONG_S):
+                await trio.sleep_forever()
         finally:
             undone.append(number)
 
@@ -118,7 +120,7 @@ def test_in_a_script_that_heeds_signals_itself() -> None:
         return 5
 
     async def main() -> tuple[int, int]:
-        with trio.open_signal_receiver(signal.SIGINT) as signals:
+        with trio.open_signal_receiver(signal.SIGINT) as signals, trio.fail_after(LONG_S):
             done = await work()
             return done, await anext(aiter(signals))
 
