@@ -175,6 +175,8 @@ class Course:
         await workload.spoil()
         outcome, mixed = await workload.outcome(), None
         verdicts: list[tuple[str, Any]] = []
+        if not self.kept:  # the work was done before it was time for one, which is a finding
+            return Damage(outcome)
         kept, vm = list(self.kept.values()), lab.vne.vms[-1].name
         first, last = kept[0], kept[-1]
         if first is not last and self.scenario.judge is not None:
