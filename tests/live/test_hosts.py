@@ -98,8 +98,8 @@ def receives(end: socket.socket) -> bool:
 
 async def test_tcp_sees_a_bad_link_and_gets_through(hosts: Hosts) -> None:
     alpha, beta, _ = hosts.values()
-    async with beta.bad_link(delay_s=0.01, loss=0.2):
-        sent, resent = await trio.to_thread.run_sync(stream, alpha, beta, bytes(range(256)) * 400)
+    async with beta.bad_link(delay_s=0.01, loss=0.1):
+        sent, resent = await trio.to_thread.run_sync(stream, alpha, beta, bytes(range(256)) * 800)
     assert sent
     assert resent > 0
     sent, _ = await trio.to_thread.run_sync(stream, alpha, beta, bytes(1000))
