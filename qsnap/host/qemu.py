@@ -20,6 +20,7 @@ import trio
 from attrs import evolve, field, frozen
 
 from qsnap.errors import HostError, QemuError
+from qsnap.host.births import starting
 from qsnap.host.clock import steady_s
 from qsnap.model import Accelerator
 
@@ -70,13 +71,14 @@ async def start_qemu(
 ) -> Process:
     """Start QEMU in the namespace that the command `enter` leads into, and wait until its QMP socket answers.
 
-    Its output goes to `qemu.log` in `directory`; the descriptors `fds` are inherited under their numbers.
-    Raises QemuError with QEMU's own words if it ends at once.
+    Its output goes to `qemu.log` in `directory`, a VM's in that of its VNE; the descriptors `fds` are inherited under
+    their numbers. Raises QemuError with QEMU's own words if it ends at once.
     """
     log = os.path.join(directory, "qemu.log")
     argv = [*enter, find_program(command[0]), *command[1:]]
     spawned_s = steady_s()
-    pid = _spawn(argv, log, tuple(fds))
+    with starting(os.path.dirname(directory)) as fd:
+        pid = _spawn(argv, log, (*fds, fd))
     process = evolve(process_of(pid), spawned_s=spawned_s)
     try:
         await _wait_for_socket(process, os.path.join(directory, "qmp.sock"), log, vm)

@@ -26,7 +26,7 @@ from qsnap.host.owner import put_back
 from qsnap.host.place import Place
 from qsnap.host.qemu import end_process, find_processes, has_ended
 from qsnap.host.qmp import QemuGoneError, Qmp, open_loop, open_qmp
-from qsnap.host.rescue import release_memory
+from qsnap.host.rescue import keep_releasing, release_memory
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import layers_directory
 from qsnap.host.store import Store
@@ -39,6 +39,7 @@ from qsnap.rules.manifest import snapshot_dir
 
 PUT_RIGHT = "put right"  #: the step of whoever finishes or undoes what another began
 PATIENCE_S = 60.0
+FORKED_S = 0.3  #: what a qsnap that was killed was just starting may have its lock until it has come to its exec
 POLL_S = 0.02
 log = logging.getLogger("qsnap")
 
@@ -47,7 +48,7 @@ log = logging.getLogger("qsnap")
 async def exclusive(runtime: Runtime, vne: str, *, after_all: bool = False) -> AsyncIterator[Journal]:
     """One operation on a VNE: nobody else is at work on it, there is a loop for QMP, and it fails with one error.
 
-    Raises BusyError at once if somebody is, unless they are putting things right: that is waited for. What an
+    Raises BusyError if somebody is, unless they are putting things right: that is waited for. What an
     operation that was killed has left behind is put right first, unless `after_all` says that this one takes all of it
     away. Once the caller has begun the journal, nothing of what it did stays if it fails.
     """
@@ -69,7 +70,7 @@ async def exclusive(runtime: Runtime, vne: str, *, after_all: bool = False) -> A
 
 @asynccontextmanager
 async def _locked(runtime: Runtime, vne: str) -> AsyncIterator[None]:
-    patience = trio.current_time() + PATIENCE_S
+    begun = trio.current_time()
     with ExitStack() as lock:
         while True:
             try:
@@ -77,7 +78,8 @@ async def _locked(runtime: Runtime, vne: str) -> AsyncIterator[None]:
                 break
             except BusyError:
                 found = runtime.journal(vne).read()
-                if found is None or PUT_RIGHT not in found.steps[-1:] or trio.current_time() > patience:
+                repairing = found is not None and PUT_RIGHT in found.steps[-1:]
+                if trio.current_time() > begun + (PATIENCE_S if repairing else FORKED_S):
                     raise
             await trio.sleep(POLL_S)
         yield
@@ -246,10 +248,13 @@ class _Undoing:
         if qmp is not None and not qmp.lost:
             yield qmp
             return
-        if must_read_to_end(vm.qemu_version) and not find_processes([f"{self.directory / vm.vm.name}"]):
-            await release_memory(vm.process)  # nobody reads its stream: QEMU itself may stand still, and not answer
-        async with AsyncExitStack() as stack:
-            yield await open_session(stack, self.runtime, self.live.vne.name, vm.vm.name)
+        with one_error():
+            async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
+                if must_read_to_end(vm.qemu_version) and not find_processes([f"{self.directory / vm.vm.name}"]):
+                    # nobody reads its stream: QEMU may stand still now, or in a moment, and not answer
+                    nursery.start_soon(keep_releasing, vm.process)
+                yield await open_session(stack, self.runtime, self.live.vne.name, vm.vm.name)
+                nursery.cancel_scope.cancel()
 
     async def _abandon(self, qmp: Qmp, vm: LiveVM, member: Member) -> None:
         if not must_read_to_end(vm.qemu_version):

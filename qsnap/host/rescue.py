@@ -21,6 +21,8 @@ import trio
 from qsnap.errors import HostError
 from qsnap.host.qemu import Process, open_pidfd
 
+AGAIN_S = 0.2
+LOOKS = 10
 _PIDFD_GETFD = 438  # asm-generic/unistd.h; os has no pidfd_getfd(2)
 _USERFAULTFD = "anon_inode:[userfaultfd]"
 _UFFDIO_WRITEPROTECT = 0xC018AA06  # linux/userfaultfd.h
@@ -33,8 +35,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 async def release_memory(process: Process) -> int:
     """Lift all write protection by userfaultfd from a QEMU's memory; the number of ranges that had any.
 
-    For a QEMU without a background snapshot under way: one that is would store a state that never was. A healthy VM
-    has no such range, and nothing happens. Raises HostError where the kernel forbids it.
+    For a QEMU without a background snapshot, or with one that nobody wants: it would store a state that never was. A
+    healthy VM has no such range, and nothing happens. Raises HostError where the kernel forbids it.
     """
     with open_pidfd(process) as pidfd:
         if pidfd is None:
@@ -49,11 +51,29 @@ async def release_memory(process: Process) -> int:
             ) from error
 
 
+async def keep_releasing(process: Process) -> None:
+    """Lift it again and again, of a QEMU that may protect its memory in a moment, and stand still then."""
+    while True:
+        await release_memory(process)
+        await trio.sleep(AGAIN_S)
+
+
 def _release(pid: int, pidfd: int) -> int:
-    protected = list(_protected_ranges(pid))
+    released = 0
+    for _ in range(LOOKS):  # QEMU may be at it just now: what it protects after one look is found by the next
+        protected = list(_protected_ranges(pid))
+        if not protected:
+            return released
+        _release_ranges(pid, pidfd, protected)
+        released += len(protected)
+    begin, length = protected[0]
+    raise OSError(0, f"{length} bytes at {begin:#x} are still protected")
+
+
+def _release_ranges(pid: int, pidfd: int, protected: list[tuple[int, int]]) -> None:
     with ExitStack() as stack:
         copies = []
-        for number in _userfaultfds(pid) if protected else ():
+        for number in _userfaultfds(pid):
             copies.append(_take_descriptor(pidfd, number))
             stack.callback(os.close, copies[-1])
         for begin, length in protected:
@@ -61,9 +81,6 @@ def _release(pid: int, pidfd: int) -> int:
             _for_all(copies, _UFFDIO_WRITEPROTECT, pack("QQQ", begin, length, 0))
             _for_all(copies, _UFFDIO_UNREGISTER, whole)  # or the next background snapshot could not register it
             _for_all(copies, _UFFDIO_WAKE, whole)
-    for begin, length in _protected_ranges(pid):
-        raise OSError(0, f"{length} bytes at {begin:#x} are still protected")
-    return len(protected)
 
 
 def _for_all(userfaultfds: list[int], request: int, argument: bytes) -> None:

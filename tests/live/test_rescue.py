@@ -12,7 +12,7 @@ import qsnap
 from qsnap.host.migration import BACKGROUND_CAPABILITIES, FD_NAME, set_capabilities
 from qsnap.host.qemu import Process
 from qsnap.host.qmp import open_loop, open_qmp
-from qsnap.host.rescue import release_memory
+from qsnap.host.rescue import keep_releasing, release_memory
 from testbed.guests import GuestConsole
 from tests.live.lab import QEMU_7, judge, make_vne, open_consoles, wait_ready
 
@@ -80,3 +80,17 @@ async def test_frozen_guest_is_set_free(backing: qsnap.Backing, place: qsnap.Pla
             assert await release_memory(process) == 0
     saved = await qsnap.snapshot("frozen", "after", engine=qsnap.Engine.BACKGROUND, place=place)
     assert judge(saved, place).wrong_stamps == 0
+
+
+async def test_guest_that_is_about_to_freeze(place: qsnap.Place) -> None:
+    """Whoever puts things right may come before QEMU has protected anything."""
+    await qsnap.up(make_vne("frozen", vms=1, qemu=QEMU_7), place=place)
+    process = place.runtime().load("frozen").vms[0].process
+    async with open_consoles("frozen", place, 1) as (console,), trio.open_nursery() as nursery:
+        await wait_ready([console])
+        nursery.start_soon(keep_releasing, process)
+        await break_off(place)
+        await wait_progress(console)
+        await trio.sleep(STANDSTILL_S)
+        await wait_progress(console)
+        nursery.cancel_scope.cancel()

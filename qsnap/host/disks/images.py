@@ -8,12 +8,14 @@ import json
 import os
 import secrets
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import trio
 
 from qsnap.errors import HostError
+from qsnap.host.births import starting
 
 FICLONE = 0x40049409  #: _IOW(0x94, 9, int), linux/fs.h
 FICLONERANGE = 0x4020940D  #: _IOW(0x94, 13, struct file_clone_range)
@@ -40,7 +42,8 @@ async def create_empty(qemu_img: str, path: str, size_bytes: int) -> None:
 
 async def _create(qemu_img: str, path: str, *arguments: str, about: str) -> None:
     try:
-        await _run(qemu_img, "create", "-q", "-f", "qcow2", *arguments)
+        with starting(os.path.dirname(path)) as fd:
+            await _run(qemu_img, "create", "-q", "-f", "qcow2", *arguments, inherited=(fd,))
     except HostError as error:
         with suppress(OSError):
             os.unlink(path)
@@ -71,8 +74,10 @@ async def measure_copy(qemu_img: str, path: str, image_format: str) -> int:
     return int(json.loads(told)["required"])
 
 
-async def _run(*command: str) -> str:
-    done = await trio.run_process(command, check=False, capture_stdout=True, capture_stderr=True)
+async def _run(*command: str, inherited: Sequence[int] = ()) -> str:
+    done = await trio.run_process(
+        command, check=False, capture_stdout=True, capture_stderr=True, pass_fds=tuple(inherited)
+    )
     if done.returncode:
         raise HostError(done.stderr.decode(errors="replace").strip(), where=command[-1])
     return done.stdout.decode()
