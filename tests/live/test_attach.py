@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -271,6 +272,48 @@ async def test_a_device_that_came_later_is_refused(hand: Hand, place: qsnap.Plac
     with pytest.raises(qsnap.AttachRefusedError, match="the device late was plugged in"):
         await qsnap.attach(hand.load(QEMU_11), place=place)
     assert place.runtime().names() == []
+
+
+OUTSIDE = {
+    "virtio-9p-pci": "-fsdev local,id=shared,path={directory},security_model=none "
+    "-device virtio-9p-pci,fsdev=shared,mount_tag=shared",
+    "nvdimm": "-M pc,nvdimm=on -m 32,slots=2,maxmem=1G -device nvdimm,memdev=dimm "
+    "-object memory-backend-file,id=dimm,share=on,mem-path={directory}/dimm,size=16M",
+    "ivshmem-plain": "-object memory-backend-file,id=shared,share=on,mem-path={directory}/shared,size=1M "
+    "-device ivshmem-plain,memdev=shared",
+    "vhost-user-blk-pci": "-object memory-backend-memfd,id=ram,size=32M,share=on -M pc,memory-backend=ram "
+    "-chardev socket,id=disk,path={directory}/disk.sock -device vhost-user-blk-pci,chardev=disk",
+}
+
+
+@pytest.fixture
+def disk_process(hand: Hand) -> Iterator[None]:
+    """A disk in another process: its socket is `disk.sock`."""
+    make_images(hand.directory / "disk.raw")
+    socket = hand.directory / "disk.sock"
+    node = f"driver=file,node-name=file,filename={hand.directory}/disk.raw"
+    export = f"type=vhost-user-blk,id=disk,node-name=file,writable=on,addr.type=unix,addr.path={socket}"
+    process = subprocess.Popen(["qemu-storage-daemon", "--blockdev", node, "--export", export])
+    try:
+        for _ in range(200):
+            if socket.exists():
+                break
+            time.sleep(0.05)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.usefixtures("disk_process")
+@pytest.mark.parametrize("device", OUTSIDE)
+async def test_a_device_whose_state_is_elsewhere(device: str, hand: Hand, place: qsnap.Place) -> None:
+    start_still(hand, 1, *OUTSIDE[device].format(directory=hand.directory).split(), qemu=QEMU_7)
+    await ask(hand, 1, "query-status")
+    with pytest.raises(qsnap.AttachRefusedError, match=f"({device}|-fsdev).*\n.*Start the VM without it"):
+        await qsnap.attach(hand.load(QEMU_7), place=place)
+    assert place.runtime().names() == []
+    assert (await ask(hand, 1, "query-status"))["status"] == "running"
 
 
 async def test_a_nic_that_the_description_lacks(hand: Hand, place: qsnap.Place) -> None:
