@@ -112,6 +112,34 @@ def test_in_a_script() -> None:
     assert undone == [7]
 
 
+def test_in_a_script_that_does_two_things_at_once() -> None:
+    undone = []
+
+    @interruptible
+    async def work(number: int) -> None:
+        try:
+            await trio.sleep(0.01 * number)
+            if number == 3:
+                signal.raise_signal(signal.SIGINT)
+            await trio.sleep(0.01 * number)
+        finally:
+            undone.append(number)
+
+    async def main(*numbers: int) -> None:
+        async with trio.open_nursery() as nursery:
+            for number in numbers:
+                nursery.start_soon(work, number)
+
+    trio.run(main, 1, 2)
+    assert undone == [1, 2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(BaseExceptionGroup) as caught:
+        trio.run(main, 3, 4)
+    assert caught.group_contains(KeyboardInterrupt)
+    assert {3, 4} <= set(undone)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_in_a_script_that_heeds_signals_itself() -> None:
     @interruptible
     async def work() -> int:

@@ -48,9 +48,9 @@ def interruptible(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, 
 
     @wraps(function)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not _raises_anywhere():
-            return await function(*args, **kwargs)
         await trio.lowlevel.checkpoint()  # an interrupt that came before is raised here
+        if not _raises_anywhere():  # looked at last: of two that begin at once only one changes it
+            return await function(*args, **kwargs)
         return await until_signal(partial(function, *args, **kwargs), signal.SIGINT)
 
     return call
