@@ -10,13 +10,16 @@ import re
 import statistics
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import trio
 from attrs import asdict, field, frozen
 from rich.console import Console
 from rich.table import Table
+
+from qsnap.cli.output import INTERRUPTED
+from qsnap.cli.signals import run_until_signal
 
 RUNS = 5
 COLUMNS = 160  #: where there is no terminal to tell
@@ -64,7 +67,10 @@ def run(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the smallest case only")
     options = parser.parse_args(arguments)
     before = machine()  # its load is that of the others
-    report = trio.run(benchmark, Options(options.runs, options.quick))
+    try:
+        report = run_until_signal(partial(benchmark, Options(options.runs, options.quick)))
+    except KeyboardInterrupt:
+        return INTERRUPTED
     if options.json:
         print(json.dumps({"machine": before, **asdict(report)}, indent=1))
     else:

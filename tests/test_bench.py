@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
+import trio
 
 from bench.guest import Meter
 from bench.probe import Probe, Sample
@@ -75,3 +77,19 @@ async def test_the_window_after_one_action_is_the_one_before_the_next() -> None:
     )
     assert (await meter.lost_ms(nothing, nothing))[1] == pytest.approx(0)
     assert (await meter.lost_ms(nothing, nothing))[1] == pytest.approx(0)
+
+
+def test_one_that_is_ended_tidies_up() -> None:
+    undone = []
+
+    async def endless(options: Options) -> Report:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            with trio.fail_after(30):
+                await trio.sleep_forever()
+        finally:
+            undone.append(options.runs)
+        raise AssertionError
+
+    assert run(endless, ["--runs", "3"]) == 130
+    assert undone == [3]
