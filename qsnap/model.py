@@ -216,6 +216,14 @@ class RamBlockFile:
 
 
 @frozen
+class BootFile:
+    """The store's copy of a file that a guest boots from, in place of the one that `option` of QEMU's named."""
+
+    option: str  #: such as `-kernel`
+    file: StoredFile
+
+
+@frozen
 class StateFiles:
     """The RAM and device state of one VM in a store; `image_bytes` are those that the files take on disk."""
 
@@ -278,7 +286,8 @@ class VMSnapshot:
 
     `hardware` is the part of QEMU's command line that the guest can see, recorded so that the very same machine
     is built at restore whatever qsnap's defaults have become. Without `ram`, `device_stream` is the whole of a
-    recorded migration stream. `kept_on` is the host whose store has both, if that of the disks has them not.
+    recorded migration stream. `kept_on` is the host whose store has both, if that of the disks has them not. `boot` are
+    the files that `hardware` names by paths of the host that it ran on; they are where the disks are.
     """
 
     vm: VM
@@ -294,6 +303,7 @@ class VMSnapshot:
     was_running: bool
     measurements: Measurements
     kept_on: str = ""
+    boot: tuple[BootFile, ...] = ()
 
     def has_state(self, host: str) -> bool:
         """Whether a host that has this has the RAM and device state too. So has one without a name, which is all."""

@@ -134,7 +134,7 @@ class Agent:
 
     async def _fetch(self, connection: Connection, message: m.Fetch) -> None:
         """Fetch for as long as the coordinator waits for it; what has come is kept."""
-        _check_files(message.part, disks=False)
+        _check_files(message.part, saved=True)
         with one_error():
             async with trio.open_nursery() as nursery:
                 reports = await nursery.start(send_reports, connection)
@@ -194,9 +194,9 @@ class Agent:
         await settle(vne, runtime, outcome)
 
 
-def _check_files(vne: VNE, *, disks: bool = True) -> None:
-    """Raise HostError for a file of the description that is not on this host."""
-    vms = vne.vms if disks else tuple(evolve(vm, disks=()) for vm in vne.vms)
+def _check_files(vne: VNE, *, saved: bool = False) -> None:
+    """Raise HostError for a file of the description that is not on this host, and not part of a snapshot if `saved`."""
+    vms = tuple(evolve(vm, disks=(), kernel="", initrd="") for vm in vne.vms) if saved else vne.vms
     for key, file in files_of(evolve(vne, vms=vms)):
         if not os.path.exists(file):
             raise HostError(f"there is no {file}", where=f"host {vne.here}, {key}", advice="Put it there.")

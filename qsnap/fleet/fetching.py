@@ -93,6 +93,8 @@ class _Fetching:
                 await self._fetch_file(connection, file.path, file)
         if not vm.has_disks(host):
             return vm
+        for each in vm.boot:
+            await self._fetch_file(connection, each.file.path, each.file)
         return evolve(vm, disks=tuple([await self._fetch_disk(connection, disk) for disk in vm.disks]))
 
     async def join(self, vms: Iterable[VMSnapshot], qemu: str) -> list[VMSnapshot]:

@@ -39,7 +39,7 @@ async def remove(vne: str, name: str, *, place: Place | None = None) -> tuple[st
     place = place or Place()
     runtime = place.runtime()
     async with exclusive(runtime, vne) as journal:
-        in_use = runtime.load(vne).layers_in_use() if vne in runtime.names() else ()
+        in_use = runtime.load(vne).files_in_use() if vne in runtime.names() else ()
         journal.begin(Operation(Kind.REMOVE, name, str(place.store)))
         return await place.snapshots().remove(vne, name, in_use)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 from attrs import define, evolve
 
@@ -24,10 +25,12 @@ from qsnap.host.starting import (
     build_networks,
     describe,
     in_huge_pages,
+    keep_boot_files,
     layers_directory,
     open_started,
     start_process,
 )
+from qsnap.host.store import Store
 from qsnap.host.takedown import take_down
 from qsnap.host.tasks import one_error, run_all
 from qsnap.host.tunnels import check_tunnels
@@ -108,6 +111,8 @@ async def _bring_up(live: LiveVNE, runtime: Runtime, progress: Progress) -> None
         )
         for index, (vm, ram) in enumerate(zip(live.vne.vms, rams, strict=True))
     ]
+    boot = await keep_boot_files(Store(Path(live.store)), live.vne.name, [start.hardware for start in starts])
+    starts = [evolve(start, boot=files) for start, files in zip(starts, boot, strict=True)]
     async with build_networks(live) as live:
         vms = await run_all([partial(_start, live, runtime, start, progress) for start in starts])
     runtime.save(evolve(live, vms=tuple(vms), waiting=tuple(vm.vm.name for vm in vms)))

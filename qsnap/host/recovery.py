@@ -110,7 +110,7 @@ async def put_right(vne: str, runtime: Runtime) -> None:
         case Kind.UP | Kind.RESTORE | Kind.DOWN | Kind.ATTACH | Kind.DETACH:
             await take_down(vne, runtime)
         case Kind.REMOVE:
-            in_use = runtime.load(vne).layers_in_use() if vne in runtime.names() else ()
+            in_use = runtime.load(vne).files_in_use() if vne in runtime.names() else ()
             await collect(vne, found.operation.store, in_use)
         case Kind.CONVERT:
             await _prune(vne, found.operation)
@@ -198,7 +198,7 @@ async def put_snapshot_right(
     live = with_vms(live, filter(None, brought_back))
     runtime.save(live)
     await _end_receivers(store, vne, found.operation.snapshot)
-    await collect(vne, live.store, live.layers_in_use())
+    await collect(vne, live.store, live.files_in_use())
 
 
 @frozen
@@ -320,8 +320,8 @@ async def finish_snapshot(live: LiveVNE, found: Interrupted, runtime: Runtime) -
     runtime.save(after)
     if found.operation.decider:  # what was held for the commit
         await Store(Path(live.store)).prune(live.vne.name, found.operation.snapshot)
-    if not set(live.layers_in_use()) <= set(after.layers_in_use()):
-        await collect(live.vne.name, live.store, after.layers_in_use())
+    if not set(live.files_in_use()) <= set(after.files_in_use()):
+        await collect(live.vne.name, live.store, after.files_in_use())
 
 
 def with_vms(live: LiveVNE, vms: Iterable[LiveVM]) -> LiveVNE:

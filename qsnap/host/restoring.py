@@ -192,7 +192,7 @@ class Restoring:
         with ExitStack() as fds:
             ram = await self._provide_ram(saved, fds)
             disks = tuple(self._base(disk) for disk in saved.disks)
-            start = Start(vm, index, saved.hardware, saved.accelerator, ram, disks, incoming=True)
+            start = Start(vm, index, saved.hardware, saved.accelerator, ram, disks, incoming=True, boot=saved.boot)
             process = await start_process(live, self.runtime, start)
         # a UART that was saved while it sent waits for a listener, and without one at load it is silent for ever
         # (serial_post_load, hw/char/serial.c), so there is one until the guest runs

@@ -23,7 +23,7 @@ from qsnap.host.hugepages import HugePages
 from qsnap.host.journal import Journal
 from qsnap.host.owner import MigrationSettings
 from qsnap.host.qemu import Process
-from qsnap.model import VM, VNE, Accelerator, Colour
+from qsnap.model import VM, VNE, Accelerator, BootFile, Colour
 from qsnap.rules.manifest import check_names
 
 USUAL_ROOT = Path("/run/qsnap")  #: of root; there a namespace is named after its VNE alone
@@ -33,7 +33,10 @@ _converter = make_converter()
 
 @frozen
 class LiveVM:
-    """A running VM, and what qsnap needs to know to capture it. `settings` are those of one that it did not start."""
+    """A running VM, and what qsnap needs to know to capture it. `settings` are those of one that it did not start.
+
+    `boot` are the store's files that it was started with, in place of those that its hardware names.
+    """
 
     vm: VM
     process: Process
@@ -44,6 +47,7 @@ class LiveVM:
     hugetlb: bool
     disks: tuple[LiveDisk, ...]
     settings: MigrationSettings | None = None
+    boot: tuple[BootFile, ...] = ()
 
 
 @frozen
@@ -71,10 +75,11 @@ class LiveVNE:
         alive = (vm.process.pid for vm in self.vms if vm.process.is_alive())
         return next((f"/proc/{pid}/ns/net" for pid in alive), "")
 
-    def layers_in_use(self) -> tuple[str, ...]:
-        """All disk layers that a VM has open, relative to the VNE's directory in the store."""
-        files = (file for live in self.vms for disk in live.disks for file in disk.layers)
-        return tuple(f"disks/{os.path.basename(file.path)}" for file in files)
+    def files_in_use(self) -> tuple[str, ...]:
+        """All disk layers that a VM has open, and what it boots from, relative to the VNE's directory in the store."""
+        layers = (file for live in self.vms for disk in live.disks for file in disk.layers)
+        boot = (each.file.path for live in self.vms for each in live.boot)
+        return (*(f"disks/{os.path.basename(file.path)}" for file in layers), *boot)
 
     def find(self, vm: str) -> LiveVM:
         """The VM of this name. Raises StateError with the names there are."""

@@ -33,7 +33,7 @@ from qsnap.host.recovery import (
     refuse_part,
 )
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
-from qsnap.host.starting import find_qemu_img, layers_directory
+from qsnap.host.starting import find_qemu_img, keep_boot_files, layers_directory
 from qsnap.host.store import Store
 from qsnap.host.tasks import one_error, run_all, undisturbed
 from qsnap.model import (
@@ -152,7 +152,9 @@ class Saving:
         self.directory = await self.store.begin(vne, order.name)
         self.keeping.begin(self.directory)
         await self.links.apply(plan_direction(self.live.vne, self.live.active))
-        self.members = await run_all([partial(self._prepare, vm) for vm in self.live.vms])
+        boot = await keep_boot_files(self.store, vne, [() if vm.boot else vm.hardware for vm in self.live.vms])
+        vms = [evolve(vm, boot=vm.boot or files) for vm, files in zip(self.live.vms, boot, strict=True)]
+        self.members = await run_all([partial(self._prepare, vm) for vm in vms])
         self.nursery.start_soon(self._watch)
 
     async def cut(self) -> None:
@@ -368,6 +370,7 @@ class Saving:
             was_running=member.capture.was_running,
             measurements=captured.measurements(files.image_bytes),
             kept_on=vm.vm.keeper,
+            boot=vm.boot,
         )
 
     async def _known_files(self) -> dict[str, StoredFile]:

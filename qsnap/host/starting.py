@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from qsnap.host.qmp import QemuGoneError, Qmp, open_qmp
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.store import Store
 from qsnap.host.tasks import run_all
-from qsnap.model import VM, Accelerator
+from qsnap.model import VM, Accelerator, BootFile, StoredFile
 from qsnap.rules.colouring import plan_networks, tap_name
 from qsnap.rules.command import (
     DISK_NODE,
@@ -28,6 +28,7 @@ from qsnap.rules.command import (
     FilledRam,
     MemfdRam,
     MemoryBackend,
+    boot_paths,
     plan_command,
     with_machine_type,
 )
@@ -56,6 +57,7 @@ class Start:
     ram: tuple[MemoryBackend, ...]
     disks: tuple[DiskBase, ...]
     incoming: bool = False
+    boot: tuple[BootFile, ...] = ()
 
 
 @asynccontextmanager
@@ -88,6 +90,7 @@ async def start_process(live: LiveVNE, runtime: Runtime, start: Start) -> Proces
         disks=layers,
         taps=tuple(tap_name(start.index, nic) for nic in range(len(vm.nics))),
         incoming=start.incoming,
+        boot={each.option: os.path.abspath(f"{live.store}/{live.vne.name}/{each.file.path}") for each in start.boot},
     )
     command = plan_command(vm, f"{live.vne.name}/{vm.name}", start.hardware, start.accelerator, backends)
     fds = [block.ram.fd for block in start.ram if isinstance(block.ram, FilledRam)]
@@ -105,6 +108,21 @@ async def _make_layers(live: LiveVNE, start: Start) -> tuple[str, ...]:
 
     calls = [lambda index=index, base=base: make(index, base) for index, base in enumerate(start.disks)]
     return tuple(await run_all(calls))
+
+
+async def keep_boot_files(store: Store, vne: str, hardware: Iterable[tuple[str, ...]]) -> list[tuple[BootFile, ...]]:
+    """For the hardware of each VM copies of what its guest boots from: a snapshot is to need no other file.
+
+    What is missing is left for QEMU to complain of.
+    """
+    kept: dict[str, StoredFile] = {}
+    found = []
+    for named in map(boot_paths, hardware):
+        for path in named.values():
+            if path not in kept and os.path.isfile(path):
+                kept[path] = await store.keep_file(vne, path)
+        found.append(tuple(BootFile(option, kept[path]) for option, path in named.items() if path in kept))
+    return found
 
 
 async def layers_directory(live: LiveVNE) -> str:
@@ -150,6 +168,7 @@ async def describe(qmp: Qmp, start: Start, process: Process, directory: str) -> 
         qemu_version=(numbers["major"], numbers["minor"], numbers["micro"]),
         hugetlb=in_huge_pages(start.ram),
         disks=await read_disks(qmp, devices, directory),
+        boot=start.boot,
     )
 
 

@@ -8,8 +8,10 @@ gives it (RAM, files, taps, sockets), and is made anew each time.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from itertools import pairwise
 
-from attrs import frozen
+from attrs import field, frozen
 
 from qsnap.model import VM, Accelerator
 
@@ -20,6 +22,7 @@ DIMM_RAM = "ram-dimm{}"
 DISK_NODE = "disk{}"  #: the block node a disk device is started with
 DISK_DEVICE = "disk{}-device"
 PFLASH = "pflash"  #: the interface of a disk that is flash memory of the machine: firmware, or its variables
+BOOT_OPTIONS = ("-kernel", "-initrd", "-dtb", "-bios")  #: name files that a guest boots from
 NICS_WITHOUT_ROM = ("-device", "-ccw", "_isa", "usb-net")  #: ends of the names of those that are not on PCI
 
 
@@ -71,13 +74,17 @@ class MemoryBackend:
 
 @frozen
 class Backends:
-    """What the host gives a VM: `directory` holds its sockets and logs, `disks` its newest layers, `taps` its NICs."""
+    """What the host gives a VM: `directory` holds its sockets and logs, `disks` its newest layers, `taps` its NICs.
+
+    `boot` are files to boot from, by the option that names them, in place of those that the hardware names.
+    """
 
     directory: str
     ram: tuple[MemoryBackend, ...]
     disks: tuple[str, ...]
     taps: tuple[str, ...]
     incoming: bool = False
+    boot: Mapping[str, str] = field(factory=dict)
 
 
 def plan_ram(vm: VM, ram: Ram) -> tuple[MemoryBackend, ...]:
@@ -127,6 +134,17 @@ def with_machine_type(hardware: tuple[str, ...], machine_type: str) -> tuple[str
     return (hardware[0], f"{machine_type}{comma}{options}", *hardware[2:])
 
 
+def boot_paths(hardware: tuple[str, ...]) -> dict[str, str]:
+    """The files that a guest boots from, by the option that names them."""
+    return {option: value for option, value in pairwise(hardware) if option in BOOT_OPTIONS}
+
+
+def with_boot_files(hardware: tuple[str, ...], paths: Mapping[str, str]) -> tuple[str, ...]:
+    """The same hardware with other files to boot from, by option."""
+    named = pairwise(("", *hardware))
+    return tuple(paths.get(option, word) if option in BOOT_OPTIONS else word for option, word in named)
+
+
 def plan_command(
     vm: VM, name: str, hardware: tuple[str, ...], accelerator: Accelerator, backends: Backends
 ) -> list[str]:
@@ -144,7 +162,7 @@ def plan_command(
         *(word for chardev in sockets for word in ("-chardev", chardev)),
         *("-mon", "chardev=qmp,mode=control", "-mon", "chardev=monitor,mode=control"),
         *_network_arguments(backends.taps),
-        *_with_disks(hardware, backends.disks),
+        *_with_disks(with_boot_files(hardware, backends.boot), backends.disks),
         *(("-incoming", "defer") if backends.incoming else ()),
     ]
 

@@ -79,14 +79,16 @@ def parse_manifest(data: bytes, *, file: str) -> Snapshot:
 
 
 def files_in(snapshot: Snapshot) -> tuple[StoredFile, ...]:
-    """Every file that `snapshot` needs, once each: RAM, device streams, disk layers. Of a part, those of its host."""
+    """Every file that `snapshot` needs, once each: RAM, device streams, disks, kernel. Of a part, those of its host."""
     return tuple(dict.fromkeys(file for vm in snapshot.vms for file in files_of(vm, snapshot.vne.here)))
 
 
 def files_of(vm: VMSnapshot, here: str = "") -> tuple[StoredFile, ...]:
     """The same of one of its VMs: all, or those that the host `here` has."""
     state = (*(block.file for block in vm.ram), vm.device_stream) if vm.has_state(here) else ()
-    return (*state, *(file for disk in vm.disks if vm.has_disks(here) for file in disk.layers))
+    if not vm.has_disks(here):
+        return state
+    return (*state, *(file for disk in vm.disks for file in disk.layers), *(each.file for each in vm.boot))
 
 
 def garbage(snapshots: Iterable[Snapshot], present: Iterable[str], in_use: Iterable[str]) -> tuple[str, ...]:

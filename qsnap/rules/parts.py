@@ -75,7 +75,7 @@ def joined(known: VMSnapshot | None, vm: VMSnapshot, host: str) -> VMSnapshot:
         return known or vm
     if vm.has_state(host):
         known = evolve(known, ram=vm.ram, device_stream=vm.device_stream, measurements=vm.measurements)
-    return evolve(known, disks=vm.disks) if vm.has_disks(host) else known
+    return evolve(known, disks=vm.disks, boot=vm.boot) if vm.has_disks(host) else known
 
 
 def whole_vms(parts: Iterable[Snapshot]) -> set[str]:

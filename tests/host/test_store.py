@@ -12,7 +12,7 @@ import pytest
 import trio
 from attrs import evolve
 
-from qsnap.errors import IntegrityError, StateError
+from qsnap.errors import HostError, IntegrityError, StateError
 from qsnap.host.store import Store
 from qsnap.host.store import seals as seals_module
 from qsnap.rules.manifest import files_in
@@ -53,6 +53,22 @@ class TestSaving:
         sealed = await store.seal_file("lab", LAYER)
         assert (sealed.path, sealed.size_bytes) == (LAYER, 7)
         assert sealed.sha256 == hashlib.sha256(b"content").hexdigest()
+
+    async def test_a_file_of_somebody_elses_is_kept_once(self, store: Store, home: Path, tmp_path: Path) -> None:
+        kernel = tmp_path / "vmlinuz"
+        kernel.write_bytes(b"kernel")
+        kept = await store.keep_file("lab", str(kernel))
+        assert kept.path == f"disks/boot-{kept.sha256[:12]}"
+        assert kept.sha256 == hashlib.sha256(b"kernel").hexdigest()
+        shutil.copy(kernel, tmp_path / "again")
+        assert await store.keep_file("lab", str(tmp_path / "again")) == kept
+        kernel.write_bytes(b"another")
+        assert (await store.keep_file("lab", str(kernel))).path != kept.path
+        (home / kept.path).write_bytes(b"altered")
+        assert await store.keep_file("lab", str(tmp_path / "again")) == kept
+        assert (home / kept.path).read_bytes() == b"kernel"
+        with pytest.raises(HostError, match="cannot read the file"):
+            await store.keep_file("lab", str(tmp_path / "nowhere"))
 
     async def test_modes_whatever_the_umask(self, store: Store, home: Path) -> None:
         before = os.umask(0o277)

@@ -52,6 +52,7 @@ STEPS: tuple[tuple[Any, str], ...] = (
     (starting, "create_overlay"),
     (disks.DiskCut, "commands"),
     (Store, "begin"),
+    (Store, "keep_file"),
     (Store, "seal_file"),
     (Store, "_seal_all"),
     (Store, "commit"),

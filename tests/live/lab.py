@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import trio
-from attrs import frozen
+from attrs import evolve, frozen
 
 import qsnap
 from testbed.guests import GuestConsole, kernel_append
@@ -61,6 +62,12 @@ def make_vne(
         ),
         tuple(qsnap.Network(lan) for lan in lans),
     )
+
+
+def booting_from(vne: qsnap.VNE, directory: Path) -> qsnap.VNE:
+    """The VNE with copies in this directory of what its guests boot from."""
+    kernel, initrd = (str(shutil.copy(file, directory)) for file in (vne.vms[0].kernel, vne.vms[0].initrd))
+    return evolve(vne, vms=tuple(evolve(vm, kernel=kernel, initrd=initrd) for vm in vne.vms))
 
 
 @asynccontextmanager

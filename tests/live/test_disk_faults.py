@@ -161,7 +161,7 @@ async def test_undo_in_another_process_from_any_step(
         for _ in range(2):
             async with open_vm(place) as qmp:
                 await DiskCut(qmp, kept).undo()
-        await place.snapshots().collect("disks", place.runtime().load("disks").layers_in_use())
+        await place.snapshots().collect("disks", place.runtime().load("disks").files_in_use())
         assert await holds(place, (0x30 if reached >= 2 else 0x20) + reached), f"step {reached}"
         (place.store / "disks/snapshots").mkdir(exist_ok=True)
         await check_unharmed(place)

@@ -58,7 +58,7 @@ async def check_nothing_left(vne: str, place: qsnap.Place, states: list[str]) ->
         for disk in vm.disks
         for layer in disk.layers
     }
-    assert kept == {Path(path).name for path in live.layers_in_use()} | in_snapshots
+    assert kept == {Path(path).name for path in live.files_in_use()} | in_snapshots
     assert {path.name for path in (store / "snapshots").glob("*")} == {
         snapshot.name for snapshot in await qsnap.snapshots(vne, place=place)
     }

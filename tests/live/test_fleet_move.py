@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from qsnap.host.netns import entered
 from testbed.fleet import CommandError, Fleet, FleetHost
 from testbed.hosts import NamespaceHost
 from testbed.state import find_orphans
-from tests.live.lab import GUEST, check_continues, make_vne
+from tests.live.lab import QEMU_11, booting_from, check_continues, make_vne
 from tests.live.test_disks import bases, holds, write
 from tests.live.test_fleet import open_consoles, running_fleet, running_vne, saved_states
 
@@ -43,12 +44,14 @@ def home(vne: qsnap.VNE, name: str) -> str:
 
 
 @pytest.mark.parametrize("new", [NEW, NEW[:1]], ids=len)
-async def test_guests_go_on_where_they_never_were(new: Sequence[str]) -> None:
+async def test_guests_go_on_where_they_never_were(new: Sequence[str], tmp_path: Path) -> None:
     names = [*OLD, *new]
     async with running_fleet(names) as fleet:
-        vne = placed(fleet, make_vne("lab", vms=2, backing=qsnap.Backing.ANONYMOUS), {"vm1": "alpha", "vm2": "beta"})
+        described = booting_from(make_vne("lab", vms=2, backing=qsnap.Backing.ANONYMOUS), tmp_path)
+        vne = placed(fleet, described, {"vm1": "alpha", "vm2": "beta"})
         async with running_vne(fleet, vne):
             await fleet.call(qsnap.snapshot, "lab", "one")
+        shutil.rmtree(tmp_path)  # as it is where there is no such kernel
         where = {"vm1": new[0], "vm2": new[-1]}
         moved = placed(fleet, vne, where)
         if len(new) == 1:
@@ -156,13 +159,13 @@ async def test_disks_come_with_what_they_lie_on(bases: tuple[qsnap.Disk, ...], t
 
 
 async def test_what_is_not_there_is_named() -> None:
-    """A kernel; a host that has VMs. One that has none need not be there."""
+    """A QEMU; a host that has VMs. One that has none need not be there."""
     async with running_fleet(("alpha", "gamma")) as fleet:
         vne = placed(fleet, make_vne("lab", vms=1, backing=qsnap.Backing.ANONYMOUS), {"vm1": "alpha"})
         async with running_vne(fleet, vne):
             await fleet.call(qsnap.snapshot, "lab", "one")
-        await hide(fleet, "gamma", GUEST)
-        with pytest.raises(qsnap.HostError, match=r"host gamma, vm\.vm1\.kernel: there is no .*/vmlinuz"):
+        await hide(fleet, "gamma", Path(QEMU_11).parent)
+        with pytest.raises(qsnap.HostError, match=r"host gamma, vm\.vm1\.qemu: there is no .*/qemu-system-x86_64"):
             await fleet.call(qsnap.restore, "lab", "one", placement={"vm1": "gamma"})
         await fleet.kill("alpha")
         with pytest.raises(qsnap.ConnectionLostError, match="host alpha: nothing listens") as lost:

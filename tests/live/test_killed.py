@@ -130,7 +130,7 @@ async def check_store(place: qsnap.Place, vne: str = "lab") -> set[str]:
     home = place.store / vne
     before = {path for path in home.rglob("*") if path.is_file()} if home.exists() else set()
     up = vne in place.runtime().names()
-    in_use = place.runtime().load(vne).layers_in_use() if up else ()
+    in_use = place.runtime().load(vne).files_in_use() if up else ()
     assert await place.snapshots().collect(vne, in_use) == (), before
     assert {path.name for path in (home / "snapshots").glob("*")} == names
     return names

@@ -13,7 +13,18 @@ import trio
 
 import qsnap
 from qsnap import Engine, RamMode
-from tests.live.lab import QEMU_11, check_continues, finish, judge, make_vne, open_consoles, ram_path, wait_ready
+from qsnap.host.qmp import open_loop, open_qmp
+from tests.live.lab import (
+    QEMU_11,
+    booting_from,
+    check_continues,
+    finish,
+    judge,
+    make_vne,
+    open_consoles,
+    ram_path,
+    wait_ready,
+)
 
 
 async def kill(vne: str, place: qsnap.Place) -> None:
@@ -79,6 +90,41 @@ async def test_the_image_never_changes_while_a_vm_runs_on_it(eleven: qsnap.Place
     async with open_consoles("eleven", eleven) as consoles:
         await finish(consoles)
     await qsnap.verify("eleven", "booted", place=eleven)
+
+
+async def test_the_kernel_is_in_the_snapshot(place: qsnap.Place, tmp_path: Path) -> None:
+    """A guest boots from what it was started with, whatever has become of that since."""
+    await qsnap.up(booting_from(make_vne("lab", vms=2), tmp_path), place=place)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"an upgrade")
+    async with open_consoles("lab", place, 2) as consoles:
+        await wait_ready(consoles)
+    saved = await qsnap.snapshot("lab", "saved", place=place)
+    assert len({each.file.path for vm in saved.vms for each in vm.boot}) == 2, "one copy for all"
+    await qsnap.down("lab", place=place)
+    shutil.rmtree(tmp_path)
+    await qsnap.restore("lab", "saved", place=place)
+    async with open_consoles("lab", place, 2) as consoles:
+        await check_continues(consoles, judge(saved, place).states)
+    await qsnap.snapshot("lab", "again", place=place)
+    await qsnap.remove("lab", "saved", place=place)
+    await qsnap.verify("lab", "again", place=place)
+    await check_boots_again("lab", place)
+    await qsnap.down("lab", place=place)
+    await qsnap.remove("lab", "again", place=place)
+    assert not list((place.store / "lab/disks").iterdir())
+
+
+async def check_boots_again(vne: str, place: qsnap.Place) -> None:
+    async with open_consoles(vne, place, 1) as (console,):
+        before = await console.status()
+        async with open_loop(), open_qmp(place.runtime().qmp_path(vne, "vm1"), vm="vm1") as qmp:
+            await qmp.execute("system_reset")
+        now = before
+        with trio.fail_after(60):
+            while now.nonce == before.nonce:
+                with trio.move_on_after(2):  # what is asked before it has booted is not answered
+                    now = await console.status()
 
 
 async def test_a_running_vne_is_not_restored_over(eleven: qsnap.Place) -> None:

@@ -18,9 +18,11 @@ from qsnap.rules.command import (
     MemoryBackend,
     Ram,
     TmpfsRam,
+    boot_paths,
     plan_command,
     plan_hardware,
     plan_ram,
+    with_boot_files,
     with_machine_type,
 )
 
@@ -119,3 +121,12 @@ def test_only_a_card_on_pci_has_a_boot_rom() -> None:
 def test_kvm_takes_the_hosts_processor_unless_told_otherwise() -> None:
     assert plan_hardware(VM_, Accelerator.KVM)[6:8] == ("-cpu", "host")
     assert "-cpu" not in plan_hardware(VM_, Accelerator.TCG)
+
+
+def test_a_copy_takes_the_place_of_what_a_guest_boots_from() -> None:
+    hardware = ("-machine", "pc", "-kernel", "/boot/vmlinuz", "-append", "-initrd", "-bios", "x", "-smp", "1")
+    paths = {"-kernel": "/store/boot-1", "-dtb": "/store/boot-2"}
+    assert boot_paths(hardware)["-kernel"] == "/boot/vmlinuz"
+    changed = with_boot_files(hardware, paths)
+    assert changed == ("-machine", "pc", "-kernel", "/store/boot-1", *hardware[4:])
+    assert with_boot_files(hardware, {}) == hardware

@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from qsnap.errors import QemuError
-from qsnap.host.qmp import Qmp
+from qsnap.host.qmp import Qmp, QmpError
 
 POLL_S = 0.01
 Report = Callable[[int, int], None]  #: is told the bytes done, and the bytes to do in all
@@ -38,7 +38,8 @@ async def wait_job(qmp: Qmp, job: str, doing: str, report: Report | None = None)
             report(state["current-progress"], state["total-progress"])
         if state["status"] == "ready" and not completed:
             completed = True
-            await qmp.execute("job-complete", {"id": job})
+            with suppress(QmpError):  # it has ended since it was looked at
+                await qmp.execute("job-complete", {"id": job})
         await trio.sleep(POLL_S)
     if state is None:
         return
@@ -51,6 +52,7 @@ async def end_job(qmp: Qmp, job: str) -> None:
     """Cancel a job, if there is one, and return once it is gone."""
     state = await find_job(qmp, job)
     if state is not None and state["status"] in ("created", "running", "paused", "ready", "standby"):
-        await qmp.execute("block-job-cancel", {"device": job, "force": True})
+        with suppress(QmpError):  # the same
+            await qmp.execute("block-job-cancel", {"device": job, "force": True})
     with suppress(JobError):
         await wait_job(qmp, job, "end a job")

@@ -6,6 +6,7 @@ stable storage. What no manifest names is garbage. `docs/format.md` describes th
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -92,6 +93,19 @@ class Store:
         check_names(vne)
         *directories, name = stored_names(vne, relpath, str(self.root / vne / relpath))
         return await trio.to_thread.run_sync(make_directories, self.root, *directories) / name
+
+    async def keep_file(self, vne: str, source: str) -> StoredFile:
+        """A durable copy of somebody's file, called after its content: two with the same content have one copy.
+
+        One that is there already is made right if it was altered. Raises HostError where one cannot be read or written.
+        """
+        check_names(vne)
+        relpath, sha256 = await trio.to_thread.run_sync(self._keep, vne, Path(source))
+        kept = await self.seal_file(vne, relpath)
+        if kept.sha256 == sha256:
+            return kept
+        (self.root / vne / relpath).unlink()
+        return await self.keep_file(vne, source)
 
     async def seal_file(self, vne: str, relpath: str, progress: Progress | None = None) -> StoredFile:
         """Make a complete file durable, and hash it. Files may be sealed concurrently.
@@ -237,6 +251,15 @@ class Store:
     def _refuse_committed(self, vne: str, snapshot: str) -> None:
         if snapshot in self._snapshots(vne):
             raise StateError(f"there is a snapshot {snapshot} of {vne}", advice="Choose another name, or remove it.")
+
+    def _keep(self, vne: str, source: Path) -> tuple[str, str]:
+        with explained("read the file", source):
+            content = source.read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        path = make_directories(self.root, vne, "disks") / f"boot-{sha256[:12]}"
+        if not path.exists():
+            write_durably(path, content)
+        return f"disks/{path.name}", sha256
 
     def _seal(self, vne: str, relpath: str, report: Report) -> Seal:
         file = str(self.root / vne / relpath)
