@@ -20,6 +20,7 @@ from qsnap.wire.strict import make_converter, parse_object, structure
 FORMAT = "qsnap-1"
 MANIFEST = "manifest.json"
 SEALS = "seals.json"
+DIRECTORIES = ("boot", "disks", "snapshots")  #: of a VNE, that hold files of snapshots
 
 END_OF_TIME_S = 2**37  #: the year 6325: what calendars and clocks can show
 
@@ -108,8 +109,8 @@ def garbage(snapshots: Iterable[Snapshot], present: Iterable[str], in_use: Itera
 def path_fault(path: str) -> str:
     """Why `path` cannot be the path of a stored file, or an empty string if it can."""
     parts = path.split("/")
-    if len(parts) < 2 or parts[0] not in ("disks", "snapshots"):
-        return f"the path {path[:200]!r} is in neither disks/ nor snapshots/"
+    if len(parts) < 2 or parts[0] not in DIRECTORIES:
+        return f"the path {path[:200]!r} is in none of {', '.join(f'{name}/' for name in DIRECTORIES)}"
     if not path.isprintable() or {"", ".", ".."} & set(parts):
         return f"the path {path[:200]!r} is not a plain relative one"
     return ""

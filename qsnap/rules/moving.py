@@ -63,9 +63,11 @@ def with_layers(vm: VMSnapshot, changed: Mapping[str, StoredFile]) -> VMSnapshot
 
 def check_paths(snapshot: str, vm: VMSnapshot) -> None:
     """Raise ProtocolError for a file of a VM, as another host has it, that would be put where it does not belong."""
-    in_disks = {layer for disk in vm.disks for layer in disk.layers} | {each.file for each in vm.boot}
+    directories = {layer: "disks" for disk in vm.disks for layer in disk.layers} | {
+        each.file: "boot" for each in vm.boot
+    }
     for file in files_of(vm):
-        directory = "disks" if file in in_disks else f"{snapshot_dir(snapshot)}/{vm.vm.name}"
+        directory = directories.get(file, f"{snapshot_dir(snapshot)}/{vm.vm.name}")
         if file.path.rpartition("/")[0] != directory:
             raise ProtocolError(f"{file.path[:200]!r} is not in {directory}")
 

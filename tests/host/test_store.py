@@ -58,7 +58,7 @@ class TestSaving:
         kernel = tmp_path / "vmlinuz"
         kernel.write_bytes(b"kernel")
         kept = await store.keep_file("lab", str(kernel))
-        assert kept.path == f"disks/boot-{kept.sha256[:12]}"
+        assert kept.path == f"boot/{kept.sha256[:12]}"
         assert kept.sha256 == hashlib.sha256(b"kernel").hexdigest()
         shutil.copy(kernel, tmp_path / "again")
         assert await store.keep_file("lab", str(tmp_path / "again")) == kept

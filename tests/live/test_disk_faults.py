@@ -7,14 +7,16 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 from cattrs.preconf.json import make_converter
 
 import qsnap
 from qsnap import DiskEngine, Engine
-from qsnap.host.disks import DiskCut, DiskPlan, plan_disks, read_disks
-from qsnap.host.disks.jobs import Report
+from qsnap.host.disks import DiskCut, DiskPlan, jobs, plan_disks, read_disks
+from qsnap.host.disks.jobs import Report, find_job
 from qsnap.host.qmp import Qmp, open_loop, open_qmp
 from qsnap.host.starting import find_qemu_img
 from tests.live.lab import QEMU_7, QEMU_11, make_vne
@@ -55,6 +57,32 @@ def before_finish(monkeypatch: pytest.MonkeyPatch, strike: Callable[[DiskCut], N
         await finish(self, report)
 
     monkeypatch.setattr(DiskCut, "finish", strike_and_finish)
+
+
+async def test_a_job_that_ends_while_it_is_ended(
+    bases: tuple[qsnap.Disk, ...], place: qsnap.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What QEMU says of a job may be past by the time that it is cancelled."""
+    await qsnap.up(make_vne("disks", vms=1, qemu=QEMU_11, disks=bases), place=place)
+    async with open_vm(place) as qmp:
+        looks = []
+
+        async def look(qmp: Qmp, job: str) -> dict[str, Any] | None:
+            found = await find_job(qmp, job)
+            looks.append(found)
+            return {**found, "status": "running"} if found and len(looks) == 1 else found
+
+        await qmp.execute("blockdev-add", {"driver": "null-co", "node-name": "nowhere", "size": 1 << 20})
+        job = {"job-id": "short", "device": "nowhere", "target": "nowhere-too", "sync": "full", "auto-dismiss": False}
+        await qmp.execute("blockdev-add", {"driver": "null-co", "node-name": "nowhere-too", "size": 1 << 20})
+        await qmp.execute("blockdev-backup", job)
+        with trio.fail_after(30):
+            while ((found := await find_job(qmp, "short")) or {})["status"] != "concluded":
+                await trio.sleep(0.01)
+        monkeypatch.setattr(jobs, "find_job", look)
+        await jobs.end_job(qmp, "short")
+        assert looks[0] == found
+        assert await find_job(qmp, "short") is None
 
 
 @QEMUS

@@ -112,7 +112,7 @@ async def test_the_kernel_is_in_the_snapshot(place: qsnap.Place, tmp_path: Path)
     await check_boots_again("lab", place)
     await qsnap.down("lab", place=place)
     await qsnap.remove("lab", "again", place=place)
-    assert not list((place.store / "lab/disks").iterdir())
+    assert not list((place.store / "lab/boot").iterdir())
 
 
 async def check_boots_again(vne: str, place: qsnap.Place) -> None:

@@ -41,6 +41,7 @@ from qsnap.host.store.seals import (
 )
 from qsnap.model import Snapshot, StoredFile
 from qsnap.rules.manifest import (
+    DIRECTORIES,
     MANIFEST,
     SEALS,
     check_names,
@@ -256,10 +257,10 @@ class Store:
         with explained("read the file", source):
             content = source.read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
-        path = make_directories(self.root, vne, "disks") / f"boot-{sha256[:12]}"
+        path = make_directories(self.root, vne, "boot") / sha256[:12]
         if not path.exists():
             write_durably(path, content)
-        return f"disks/{path.name}", sha256
+        return f"boot/{path.name}", sha256
 
     def _seal(self, vne: str, relpath: str, report: Report) -> Seal:
         file = str(self.root / vne / relpath)
@@ -415,7 +416,7 @@ class Store:
             raise IntegrityError("it is a symbolic link", file=str(home), advice="Stores hold none.")
         committed = [self._load(vne, snapshot) for snapshot in self._snapshots(vne)]
         kept = {os.path.relpath(os.path.realpath(home / path), os.path.realpath(home)) for path in in_use}
-        files, directories = files_below(home, "disks", "snapshots")
+        files, directories = files_below(home, *DIRECTORIES)
         waste = garbage(committed, files, kept)
         for path in waste:
             remove_tree(home / path)
