@@ -8,7 +8,7 @@ from pathlib import Path
 from attrs import define
 
 from scenarios.processes import MAKE_WATCHED, measure_job, read_workers, start_job
-from scenarios.r_snow.check import Outcome, check
+from scenarios.rounds import Outcome, check
 from scenarios.scenario import Scenario
 from scenarios.ssh import SSH, serve_ssh
 from testbed.shell import GuestShell, run_everywhere

@@ -19,7 +19,8 @@ from testbed.fleet import INITIATOR, open_fleet
 from testbed.hosts import hosts_in_namespaces
 from testbed.screen import Screen
 
-LONG = {"mpi_hpcc", "mpi_lammps", "postgres", "r_snow"}  #: they take minutes, and images that take minutes to build
+#: they take minutes, and images that take minutes to build
+LONG = {"ipyparallel", "mpi_hpcc", "mpi_lammps", "postgres", "r_snow"}
 
 
 @pytest.mark.parametrize("name", sorted({*names()} - LONG))

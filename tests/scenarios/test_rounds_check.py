@@ -1,4 +1,4 @@
-"""The check of the scenario `r_snow`, on a good history and on bad ones."""
+"""The check of the scenarios `r_snow` and `ipyparallel`, on a good history and on bad ones; and what is expected."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import pytest
 from attrs import evolve
 
 from scenarios.history import History
+from scenarios.ipyparallel.workload import expect
 from scenarios.processes import Worker
-from scenarios.r_snow.check import Outcome, check
+from scenarios.rounds import Outcome, check
 from tests.scenarios.histories import OTHER_WORKERS, WORKERS, history_of, refuted_by
 
-GOOD = Outcome(3, ("1 0.5", "2 0.25", "3 0.125"), WORKERS)
+GOOD = Outcome(3, ("1 0.5", "2 0.25", "3 0.125"), WORKERS, "3 0.125")
 ROUNDS, SAME, PROCESSES = "All rounds were", "All runs come", "What was restored"
 
 
@@ -26,6 +27,7 @@ def refuted(judged: History[Outcome]) -> list[str]:
 
 def test_a_good_history() -> None:
     assert refuted(history()) == []
+    assert refuted(history(evolve(GOOD, last=""))) == []
 
 
 def came(*lines: str) -> Callable[[Outcome], Outcome]:
@@ -34,7 +36,8 @@ def came(*lines: str) -> Callable[[Outcome], Outcome]:
 
 BAD: dict[str, tuple[Callable[[Outcome], Outcome], list[str]]] = {
     "another digit": (came("1 0.5", "2 0.26", "3 0.125"), [SAME]),
-    "another end": (came("1 0.5", "2 0.25", "3 0.126"), [SAME]),
+    "another end": (came("1 0.5", "2 0.25", "3 0.126"), [ROUNDS, SAME]),
+    "an end that is not the known one": (lambda outcome: evolve(outcome, last="3 0.126"), [ROUNDS]),
     "a round less": (came("1 0.5", "2 0.25"), [ROUNDS, SAME]),
     "a round lost": (came("1 0.5", "3 0.125"), [ROUNDS, SAME]),
     "a round twice": (came("1 0.5", "2 0.25", "2 0.25", "3 0.125"), [ROUNDS, SAME]),
@@ -50,3 +53,8 @@ BAD: dict[str, tuple[Callable[[Outcome], Outcome], list[str]]] = {
 def test_a_bad_run(name: str) -> None:
     change, claims = BAD[name]
     assert refuted(history(change(GOOD))) == claims
+
+
+def test_what_is_expected_depends_on_rounds_and_engines() -> None:
+    assert expect(2, 2) == expect(2, 2)
+    assert len({expect(2, 2)[2:], expect(3, 2)[2:], expect(2, 3)[2:]}) == 3

@@ -1,0 +1,1 @@
+"""Engines of ipyparallel, saved in the middle of their rounds."""
