@@ -62,7 +62,7 @@ class HugePages:
 
         Raises HostError, with the pool as it was, if the host cannot spare them.
         """
-        with self._locked():
+        with _locked():
             missing = pages - free_pages()
             if missing <= 0:
                 return
@@ -79,7 +79,7 @@ class HugePages:
     def give_back(self, vne: str) -> None:
         """Take the pages that were added for a VNE out of the pool again. Nothing happens the second time."""
         if self.ledger.exists():
-            with self._locked():
+            with _locked():
                 self._resize(vne, 0)
 
     def _resize(self, vne: str, pages: int) -> None:
@@ -118,14 +118,20 @@ class HugePages:
         fresh.write_text(_converter.dumps(ledger))
         fresh.replace(self.ledger)
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        fd = os.open(self.ledger.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """Keep every other qsnap on this host from changing the pool, whatever its ledger."""
+    try:
+        fd = os.open(_POOL / "nr_hugepages", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        advice = 'Set backing = "anonymous".'
+        raise HostError("the kernel has no huge pages of 2 MiB", where=str(_POOL), advice=advice) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _refusal(pages: int, reason: str) -> HostError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from qsnap import Engine
 from qsnap.host.capture import Background, Capture, Precopy
 from qsnap.host.daemon import open_daemon
 from qsnap.host.disks import DiskCut, DiskPlan
+from qsnap.host.hugepages import HugePages
 from qsnap.host.qmp import open_loop, open_qmp
 from qsnap.host.runtime import LiveVM
 from qsnap.rules.command import RAM_ID
@@ -87,6 +89,23 @@ async def test_the_comparison_finds_a_running_guest(place: qsnap.Place) -> None:
     before = copy_ram(pid)
     await trio.sleep(0.2)
     assert copy_ram(pid) != before
+
+
+def test_two_who_reserve_huge_pages_at_once(tmp_path: Path) -> None:
+    """The kernel has one pool, and each of them a ledger of its own."""
+    size = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    before = size.read_text()
+
+    def take_turns(name: str) -> None:
+        pages = HugePages(tmp_path / f"{name}.json")
+        for _ in range(40):
+            pages.reserve(name, 5)
+            pages.give_back(name)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(take_turns, ("one", "two")))
+    assert list(tmp_path.iterdir()) == []
+    assert size.read_text() == before
 
 
 async def test_huge_pages_that_somebody_else_takes_first(place: qsnap.Place, monkeypatch: pytest.MonkeyPatch) -> None:
