@@ -94,8 +94,12 @@ def work_rate(start: Sample, end: Sample) -> float:
 
 def pause_ms(events: list[QmpEvent]) -> float:
     """From the first STOP to the RESUME after it, by QEMU's own clock."""
-    stop = next(event.instant_s for event in events if event.name == "STOP")
-    return (next(event.instant_s for event in events if event.name == "RESUME") - stop) * 1e3
+    return (next(event.instant_s for event in events if event.name == "RESUME") - stop_s(events)) * 1e3
+
+
+def stop_s(events: list[QmpEvent]) -> float:
+    """When the first STOP was, by QEMU's own clock."""
+    return next(event.instant_s for event in events if event.name == "STOP")
 
 
 @contextmanager

@@ -47,8 +47,11 @@ class Stalls:
     """The longest time without progress of each guest's incoming stream, seen from a thread of its own."""
 
     probes: Sequence[Probe]
-    longest_s: float = 0.0
+    longest_s: list[float] = field(init=False)
     _over: threading.Event = field(factory=threading.Event)
+
+    def __attrs_post_init__(self) -> None:
+        self.longest_s = [0.0] * len(self.probes)
 
     def watch(self) -> None:
         """Look again and again until told to stop."""
@@ -60,7 +63,7 @@ class Stalls:
                 count = probe.word(INCOMING_BYTES_AT)
                 if count != counts[index]:
                     counts[index], since[index] = count, now
-                self.longest_s = max(self.longest_s, now - since[index])
+                self.longest_s[index] = max(self.longest_s[index], now - since[index])
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -76,10 +79,15 @@ class Stalls:
 
 @frozen
 class Disruption:
-    """What guests felt: the longest that a TCP stream stood still, and how many retransmissions timed out."""
+    """What guests felt: the longest that each one's TCP stream stood still, and how many retransmissions timed out."""
 
-    stall_ms: float
+    stalls_ms: tuple[float, ...]
     timeouts: int
+
+    @property
+    def stall_ms(self) -> float:
+        """The longest of all."""
+        return max(self.stalls_ms)
 
 
 @define
@@ -114,7 +122,7 @@ async def disrupt(guests: Sequence[Guest], action: Callable[[], Awaitable[T]]) -
         ends_s = trio.current_time() + WINDOW_S
         result = await action()
         await trio.sleep_until(max(ends_s, trio.current_time()))
-    return result, Disruption(stalls.longest_s * 1e3, count_timeouts(guests) - timeouts)
+    return result, Disruption(tuple(each * 1e3 for each in stalls.longest_s), count_timeouts(guests) - timeouts)
 
 
 def count_timeouts(guests: Sequence[Guest]) -> int:

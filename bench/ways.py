@@ -17,7 +17,7 @@ import trio
 from attrs import frozen
 
 import qsnap
-from bench.guest import VNE, Guest, pause_ms
+from bench.guest import VNE, Guest, pause_ms, stop_s
 from qsnap.errors import EngineRefusedError, HostError
 from qsnap.host.migration import BACKGROUND_CAPABILITIES, cont, set_capabilities
 from qsnap.host.qmp import Qmp, QmpEvent
@@ -33,11 +33,15 @@ NO_LIMITS = {"max-bandwidth": 0, "downtime-limit": 1}
 
 @frozen
 class Saved:
-    """What saving a guest once cost it. `how` tells what was done, where there was a choice."""
+    """What saving a guest once cost it. `how` tells what was done, where there was a choice.
+
+    `stop_s` is when it was stopped, on the clock of `qsnap.host.clock`, where the way tells.
+    """
 
     pause_ms: float
     total_ms: float
     how: str = ""
+    stop_s: float = 0.0
 
 
 async def _nothing(guest: Guest) -> None:
@@ -146,11 +150,16 @@ async def _snapshot_save(guest: Guest) -> Saved:
 
 
 async def _add_vmstate(guest: Guest, qmp: Qmp) -> None:
-    path = guest.place.run.parent / "vmstate.qcow2"
+    path = vmstate_path(guest)
     command = [str(Path(_vm(guest).qemu).with_name("qemu-img")), "create", "-q", "-f", "qcow2", str(path), "1M"]
     await trio.run_process(command)
     file = {"driver": "file", "filename": str(path)}
     await qmp.execute("blockdev-add", {"driver": "qcow2", "node-name": "vmstate", "file": file})
+
+
+def vmstate_path(guest: Guest) -> Path:
+    """Where `snapshot-save` has memory and device state."""
+    return guest.place.run.parent / "vmstate.qcow2"
 
 
 async def _run_job(qmp: Qmp, command: str, arguments: Mapping[str, object]) -> Saved:
@@ -172,7 +181,7 @@ async def _snapshot_delete(guest: Guest) -> None:
         arguments = {"job-id": "delete", "tag": SNAPSHOT, "devices": ["vmstate", _top(guest)]}
         await _run_job(qmp, "snapshot-delete", arguments)
         await qmp.execute("blockdev-del", {"node-name": "vmstate"})
-    (guest.place.run.parent / "vmstate.qcow2").unlink()
+    vmstate_path(guest).unlink()
 
 
 SNAPSHOT_SAVE = Way("snapshot-save", _snapshot_save, _snapshot_delete)
@@ -197,12 +206,13 @@ async def _stop_and_copy(limits: dict[str, int], guest: Guest) -> Saved:
         await cont(qmp)
         await wait_resumed(qmp, since)
         await set_capabilities(qmp, frozenset())
-        return Saved(pause_ms(qmp.events[since:]), (trio.current_time() - started_s) * 1e3)
+        events, total_ms = qmp.events[since:], (trio.current_time() - started_s) * 1e3
+        return Saved(pause_ms(events), total_ms, stop_s=stop_s(events))
 
 
 def copy_directory(guest: Guest) -> Path:
     """Where the copy is: `memory` and the disks."""
-    return guest.place.run.parent / "copy"
+    return guest.place.run.parent / f"copy-{guest.name}"
 
 
 async def _remove_copy(guest: Guest) -> None:

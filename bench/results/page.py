@@ -1,0 +1,78 @@
+"""docs/results.md out of the data of its parts. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from attrs import frozen
+
+from bench.report import Row
+from bench.results.part import Part
+from bench.tables import table
+
+HEAD = """\
+# Results
+
+Tables and figures after those of the papers that qsnap follows, made by one command: `scripts/bench results`, or
+`scripts/bench results --only table1,figure4` for some of them. The data of each lies beside this page, as CSV. How
+qsnap does next to other ways to save a VM, and what limits it, is told in [benchmarks.md](benchmarks.md).
+
+Where it says TCG, guests are emulated: with KVM they run much faster, and write more memory in the time that saving
+takes. Absolute times are worth little on another machine; the rows of one table can be held against each other.
+Numbers are medians, but where it says otherwise. The papers' own numbers, which are from other hardware, are not set
+beside them: none has been entered here, and they are not to be quoted from memory.
+"""
+UNMEASURED = "Not measured."
+
+
+@frozen
+class Data:
+    """What was measured of one part: its rows, and on what, when, how often."""
+
+    rows: Sequence[Row]
+    measured: Mapping[str, Any]
+
+
+def assemble(parts: Sequence[Part], data: Mapping[str, Data]) -> str:
+    """The page. Parts without data are named as not measured."""
+    sections = [HEAD, *("\n".join(_section(part, data.get(part.name))) for part in parts)]
+    return "\n".join(sections)
+
+
+def _section(part: Part, data: Data | None) -> Iterator[str]:
+    yield f"## {part.title}\n"
+    if data is None:
+        yield f"{UNMEASURED} `scripts/bench results --only {part.name}` does.\n"
+        return
+    yield f"{part.text}\n"
+    yield f"{describe_measured(data.measured)} Data: [{part.name}.csv](results/{part.name}.csv).\n"
+    yield from table([{with_unit(name): _shown(value) for name, value in row.items()} for row in part.table(data.rows)])
+    yield ""
+    if part.draw is not None:
+        yield f"![{part.title}](results/{part.name}.svg)\n"
+
+
+def describe_measured(measured: Mapping[str, Any]) -> str:
+    """On what, when, and how often."""
+    runs = "one run" if measured["runs"] == 1 else f"{measured['runs']} runs of each"
+    return (
+        f"{measured['date']}, {runs}; {measured['cpu']}, {measured['cores']} cores, "
+        f"{measured['memory_gib']} GiB, Linux {measured['kernel']}, QEMU {measured['qemu']}, "
+        f"{measured['accelerator']}; load before: {measured['load']}."
+    )
+
+
+def with_unit(name: str) -> str:
+    """A key with its unit as a column's head has it."""
+    for suffix, unit in (("_ms", "ms"), ("_mib", "MiB"), ("_percent", "%"), ("_s", "s")):
+        if name.endswith(suffix):
+            return f"{name.removesuffix(suffix)}, {unit}"
+    return name
+
+
+def _shown(value: object) -> object:
+    """Numbers as far as they are worth reading."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return value
