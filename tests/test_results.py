@@ -134,7 +134,7 @@ def test_the_page_has_what_was_measured_and_names_what_was_not() -> None:
     )
     page = assemble(parts, {"one": Data([{"vms": 2, "save_ms": 1234.5, "how": None}], MEASURED)})
     first, second = page.split("## The second")
-    assert "| vms | save, ms | how |" in first
+    assert "| VMs | save, ms | how |" in first
     assert "| 2 | 1234 |  |" in first
     assert "![The first](results/one.svg)" in first
     assert "QEMU 11.1.3, TCG; load before: 0.5" in first
@@ -144,13 +144,8 @@ def test_the_page_has_what_was_measured_and_names_what_was_not() -> None:
 
 
 def test_units_are_in_the_head() -> None:
-    assert [with_unit(name) for name in ("a_ms", "b_mib", "c_s", "d_percent", "e")] == [
-        "a, ms",
-        "b, MiB",
-        "c, s",
-        "d, %",
-        "e",
-    ]
+    names = ("a_ms", "tcp_b_mib", "c_s", "d_percent", "vms_e", "s")
+    assert list(map(with_unit, names)) == ["a, ms", "TCP b, MiB", "c, s", "d, %", "VMs e", "s"]
 
 
 SCALED = [

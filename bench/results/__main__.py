@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from bench.results import breakdown, engines, programs, scaling, sequence, slowd
 from bench.results.drawing import svg
 from bench.results.page import Data, assemble
 from bench.results.part import Part, encode_rows, parse_rows
+from qsnap.host.qemu import kvm_works
 from testbed.screen import Screen
 
 PARTS = (
@@ -68,7 +68,7 @@ def measure(part: Part, runs: int, screen: Screen) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "runs": runs,
         "qemu": qemu_version(),
-        "accelerator": "KVM" if os.access("/dev/kvm", os.W_OK) else "TCG",
+        "accelerator": "KVM" if trio.run(kvm_works, QEMU) else "TCG",
         **before,
     }
     (DATA / f"{part.name}.csv").write_text(encode_rows(rows))

@@ -22,6 +22,7 @@ WIDTH_IN = 9.0
 PANEL_IN = 2.6
 TRACE_IN = 1.5
 LEGEND_IN = 0.5
+AROUND_MS = 200.0  #: the pauses, in the panel that is close to them
 COLOURS = (LIGHT.capture, LIGHT.pause, "#2f9e6e")  #: told apart by colour-blind people too
 LINE_COLOURS = ("#2b62b5", LIGHT.pause, "#2f9e6e")
 MARKERS = ("o", "s", "^")
@@ -121,29 +122,40 @@ class Trace:
     action: Row
 
 
+def _draw_trace(axes: Axes, trace: Trace, start_ms: float, end_ms: float) -> None:
+    axes.axvspan(trace.action["at_ms"], trace.action["end_ms"], color=LIGHT.capture, alpha=0.35, linewidth=0)
+    for pause in trace.pauses:
+        axes.axvspan(pause["at_ms"], pause["end_ms"], color=LIGHT.pause, alpha=0.5, linewidth=0)
+    for rows, colour, size in ((trace.fresh, LIGHT.ink, 1.5), (trace.again, COLOURS[2], 4)):
+        inside = [row for row in rows if start_ms <= row["at_ms"] <= end_ms]
+        at_ms, kilobytes = [row["at_ms"] for row in inside], [row["sequence"] / 1e3 for row in inside]
+        axes.plot(at_ms, kilobytes, ".", color=colour, markersize=size)
+    axes.set_xlim(start_ms, end_ms)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+
+
 def draw_sequences(traces: Mapping[str, Trace]) -> Figure:
-    """A panel for each trace, one below the other, over the same time."""
-    figure, all_axes = _panels(len(traces), 1, TRACE_IN)
-    segments = [row for trace in traces.values() for row in (*trace.fresh, *trace.again)]
-    times_ms = [row["at_ms"] for row in segments]
-    for axes, (title, trace) in zip(all_axes, traces.items(), strict=True):
-        _style(axes, title)
-        axes.axvspan(trace.action["at_ms"], trace.action["end_ms"], color=LIGHT.capture, alpha=0.35, linewidth=0)
-        for pause in trace.pauses:
-            axes.axvspan(pause["at_ms"], pause["end_ms"], color=LIGHT.pause, alpha=0.5, linewidth=0)
-        for rows, colour, size in ((trace.fresh, LIGHT.ink, 1.5), (trace.again, COLOURS[2], 4)):
-            points = [(row["at_ms"], row["sequence"] / 1e3) for row in rows]
-            axes.plot(*zip(*points, strict=True) if points else ([], []), ".", color=colour, markersize=size)
-        axes.set_xlim(min(times_ms), max(times_ms))
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.set_ylabel("kB", color=LIGHT.soft, fontsize=9)
-    all_axes[-1].set_xlabel("ms from the call", color=LIGHT.soft, fontsize=9)
+    """For each trace a panel with all of it, over the same time, and one of the pauses."""
+    figure, all_axes = _panels(2 * len(traces), 2, TRACE_IN)
+    times_ms = [row["at_ms"] for trace in traces.values() for row in (*trace.fresh, *trace.again)]
+    for index, (title, trace) in enumerate(traces.items()):
+        whole, close = all_axes[2 * index : 2 * index + 2]
+        _style(whole, title)
+        _style(close, f"{title}, close")
+        _draw_trace(whole, trace, min(times_ms), max(times_ms))
+        first_ms = min((pause["at_ms"] for pause in trace.pauses), default=0.0)
+        last_ms = max((pause["end_ms"] for pause in trace.pauses), default=0.0)
+        _draw_trace(close, trace, first_ms - AROUND_MS / 2, last_ms + AROUND_MS)
+        whole.set_ylabel("kB", color=LIGHT.soft, fontsize=9)
+    for axes in all_axes[-2:]:
+        axes.set_xlabel("ms from the call", color=LIGHT.soft, fontsize=9)
     _legend(
         figure,
         [
             Line2D([], [], color=LIGHT.ink, marker=".", linestyle="", label="segment"),
             Line2D([], [], color=COLOURS[2], marker=".", linestyle="", label="segment sent again"),
-            Patch(color=LIGHT.capture, alpha=0.35, label="snapshot"),
+            Patch(color=LIGHT.capture, alpha=0.35, label="snapshot, the whole call"),
             Patch(color=LIGHT.pause, alpha=0.5, label="a VM stands still"),
         ],
     )

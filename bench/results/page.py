@@ -24,6 +24,8 @@ Numbers are medians, but where it says otherwise. The papers' own numbers, which
 beside them: none has been entered here, and they are not to be quoted from memory.
 """
 UNMEASURED = "Not measured."
+UNITS = {"ms": "ms", "s": "s", "mib": "MiB", "percent": "%"}
+SPELT = {"vm": "VM", "vms": "VMs", "tcp": "TCP", "ram": "RAM"}
 
 
 @frozen
@@ -64,11 +66,11 @@ def describe_measured(measured: Mapping[str, Any]) -> str:
 
 
 def with_unit(name: str) -> str:
-    """A key with its unit as a column's head has it."""
-    for suffix, unit in (("_ms", "ms"), ("_mib", "MiB"), ("_percent", "%"), ("_s", "s")):
-        if name.endswith(suffix):
-            return f"{name.removesuffix(suffix)}, {unit}"
-    return name
+    """A key as a column's head has it, with its unit."""
+    *words, last = name.split("_")
+    if last not in UNITS or not words:
+        return " ".join(SPELT.get(word, word) for word in (*words, last))
+    return f"{' '.join(SPELT.get(word, word) for word in words)}, {UNITS[last]}"
 
 
 def _shown(value: object) -> object:
