@@ -19,6 +19,7 @@ from qsnap.host.netns import run_in_netns
 from qsnap.host.qemu import Process, find_processes
 from qsnap.host.qmp import open_loop, open_qmp
 from qsnap.host.runtime import LiveVNE, Runtime
+from qsnap.rules.manifest import files_in
 from testbed.guests import GuestConsole
 from tests.live.lab import judge, make_vne, open_consoles, wait_ready
 
@@ -50,15 +51,10 @@ async def check_nothing_left(vne: str, place: qsnap.Place, states: list[str]) ->
     assert not place.runtime().interrupted()
     live = place.runtime().load(vne)
     store = Path(status.store) / vne
-    kept = {path.name for path in (store / "disks").iterdir()}
-    in_snapshots = {
-        Path(layer.path).name
-        for snapshot in await qsnap.snapshots(vne, place=place)
-        for vm in snapshot.vms
-        for disk in vm.disks
-        for layer in disk.layers
-    }
-    assert kept == {Path(path).name for path in live.files_in_use()} | in_snapshots
+    kept = {str(path.relative_to(store)) for path in store.rglob("*") if path.is_file()}
+    saved = {file.path for snapshot in await qsnap.snapshots(vne, place=place) for file in files_in(snapshot)}
+    needed = {path for path in saved if not path.startswith("snapshots/")} | set(live.files_in_use())
+    assert {path for path in kept if not path.startswith("snapshots/")} == needed
     assert {path.name for path in (store / "snapshots").glob("*")} == {
         snapshot.name for snapshot in await qsnap.snapshots(vne, place=place)
     }
