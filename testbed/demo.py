@@ -22,11 +22,7 @@ from testbed.proofs import (
     Cut,
     DisprovedError,
     Proof,
-    prove_consistent,
-    prove_memory,
-    prove_network,
-    prove_streams,
-    prove_went_back,
+    prove_all,
     read_cut,
     require,
 )
@@ -171,16 +167,9 @@ class Demo:
         self, cuts: list[Cut], killed: list[GuestState], restored: list[GuestState], end: list[GuestState]
     ) -> None:
         """Judge, and show what was proved."""
-        proofs = [
-            prove_consistent(cuts),
-            prove_memory(cuts),
-            prove_went_back(cuts, killed, restored),
-            prove_network(cuts, end),
-            prove_streams(cuts, end),
-        ]
         self.screen.say()
         self.screen.say("Proved", "bold")
-        for proof in proofs:
+        for proof in prove_all(cuts, killed, restored, end):
             self.show(proof)
 
     def show(self, proof: Proof) -> None:

@@ -37,6 +37,7 @@ MOUNTS = """\
 cd {directory}
 mount --bind etc /etc/libvirt && mount --bind passwd /etc/passwd && mount --bind group /etc/group || exit
 for private in /run /var/lib /var/cache; do mount -t tmpfs tmpfs $private || exit; done
+mount -t sysfs sysfs /sys || exit
 mkdir /run/huge && mount -t hugetlbfs hugetlbfs /run/huge || exit
 exec libvirtd
 """
@@ -52,9 +53,14 @@ class Libvirt:
 
     socket: Path
 
+    @property
+    def uri(self) -> str:
+        """What its clients connect to."""
+        return f"qemu+unix:///system?socket={self.socket}"
+
     async def virsh(self, *words: str) -> str:
         """Run one command, and return what it prints. Raises LibvirtError if it fails."""
-        command = ["virsh", "-q", "-c", f"qemu+unix:///system?socket={self.socket}", *words]
+        command = ["virsh", "-q", "-c", self.uri, *words]
         done = await trio.run_process(command, check=False, capture_stdout=True, capture_stderr=True)
         if done.returncode:
             raise LibvirtError(f"{shlex.join(words)}: {done.stderr.decode(errors='replace').strip()}")

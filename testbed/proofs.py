@@ -39,11 +39,28 @@ class Cut:
 
 def read_cut(vm: VMSnapshot, directory: Path) -> Cut:
     """Judge the RAM image of one VM; `directory` is the VNE's in the store. Takes time: every page is read."""
-    image = tuple(directory / block.file.path for block in vm.ram)
+    return read_image(tuple(directory / block.file.path for block in vm.ram))
+
+
+def read_image(image: tuple[Path, ...]) -> Cut:
+    """The same, by the parts of the RAM image."""
     state = read_state(image)
     report = check_stamps(image, state)
-    require(report.ok, f"the working set of {vm.vm.name} is damaged in {image}: {report}")
+    require(report.ok, f"the working set of guest {state.id} is damaged in {image}: {report}")
     return Cut(state, report.pages)
+
+
+def prove_all(
+    cuts: Sequence[Cut], killed: Sequence[GuestState], restored: Sequence[GuestState], end: Sequence[GuestState]
+) -> tuple[Proof, ...]:
+    """All, of a snapshot and what the guests said when they were killed, right after the restore, and at last."""
+    return (
+        prove_consistent(cuts),
+        prove_memory(cuts),
+        prove_went_back(cuts, killed, restored),
+        prove_network(cuts, end),
+        prove_streams(cuts, end),
+    )
 
 
 def prove_memory(cuts: Sequence[Cut]) -> Proof:
@@ -60,7 +77,7 @@ def prove_consistent(cuts: Sequence[Cut]) -> Proof:
     received = sum(sum(state.received) for state in states)
     streamed = sum(state.incoming.bytes for state in states)
     return Proof(
-        "The three states are one: no guest has received what none had sent.",
+        "The saved states are one: no guest has received what none had sent.",
         (f"{received:,} datagrams and {streamed / MIB:.1f} MiB of TCP, 0 orphans",),
     )
 
