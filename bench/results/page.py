@@ -21,7 +21,7 @@ qsnap does next to other ways to save a VM, and what limits it, is told in [benc
 Where it says TCG, guests are emulated: with KVM they run much faster, and write more memory in the time that saving
 takes. Absolute times are worth little on another machine; the rows of one table can be held against each other.
 Numbers are medians, but where it says otherwise. The papers' own numbers, which are from other hardware, are not set
-beside them: none has been entered here, and they are not to be quoted from memory.
+beside them: none has been taken from the papers themselves yet.
 """
 UNMEASURED = "Not measured."
 UNITS = {"ms": "ms", "s": "s", "mib": "MiB", "percent": "%"}

@@ -152,8 +152,9 @@ Two guests of {MEMORY_MIB} MiB in huge pages, each sending {KBPS // 1000} Mbit/s
 All segments with data that the first one sends, as they come out of its tap: the time when the kernel saw them, and
 how far the stream has come with them. The trace begins {BEFORE_BYTES // 1000} kB of the stream before the snapshot
 and ends {AFTER_BYTES // 1000} kB after it, so nothing in it waits for a time to pass. *Stop and save* is `stop`,
-`migrate` without a bandwidth limit, a copy of the disks, `cont`, for both VMs side by side. One trace of each: 0 is
-when the snapshot was asked for, *whole* is until the call has returned.""",
+`migrate` without a bandwidth limit, a copy of the disks, `cont`, for both VMs side by side; all files are on tmpfs,
+which is what it gains most from. One trace of each: 0 is when the snapshot was asked for, *whole* is until the call
+has returned. With a coloured cut each VM is stopped when its own memory is nearly done.""",
     measure,
     summarise,
     draw,
