@@ -17,7 +17,7 @@ from bench.ways import SNAPSHOT
 from qsnap.model import RamMode, Snapshot
 from testbed.screen import Screen
 
-VMS, SMALL_MIB = (1, 2, 4, 8, 16), 128
+VMS, SMALL_MIB = (1, 2, 4, 8), 128
 MEMORY_MIB = (128, 256, 512, 1024, 2048)
 RATE_MB = 10
 SERIES = ("save_ms", "restore_mapped_ms", "restore_copied_ms")
@@ -121,7 +121,8 @@ Guests on one network, each with a disk and a tap, which have written three eigh
 MB/s of it, in 4 KiB pages and with the engine that qsnap takes by itself. *Save* is the whole call of
 `qsnap.snapshot`, until the manifest is stored: while most of it, the VMs run. *Restore* is the whole call of
 `qsnap.restore`, until all VMs run, with memory mapped from the snapshot (the default) or copied from it first. All
-files are on tmpfs: no disk is measured.""",
+files are on tmpfs: no disk is measured.
+Sixteen VMs are left out: emulated on two processors, three snapshots of them had not ended after four minutes.""",
     measure,
     draw=draw,
 )
