@@ -121,8 +121,9 @@ Guests on one network, each with a disk and a tap, which have written three eigh
 MB/s of it, in 4 KiB pages and with the engine that qsnap takes by itself. *Save* is the whole call of
 `qsnap.snapshot`, until the manifest is stored: while most of it, the VMs run. *Restore* is the whole call of
 `qsnap.restore`, until all VMs run, with memory mapped from the snapshot (the default) or copied from it first. All
-files are on tmpfs: no disk is measured.
-Sixteen VMs are left out: emulated on two processors, three snapshots of them had not ended after four minutes.""",
+files are on tmpfs: no disk is measured. Sixteen VMs are left out: to start them, emulated on two
+processors, and save them three times had not ended after four minutes. The load before is still theirs: it falls
+slowly.""",
     measure,
     draw=draw,
 )
