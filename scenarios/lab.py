@@ -104,8 +104,10 @@ class Lab:
                 await store.commit(evolve(whole, name=name, vms=vms))
 
     def flip(self, saved: qsnap.Snapshot, vm: str) -> None:
-        """Alter one bit in the middle of a VM's RAM in the store."""
-        with self.images(saved)[vm][0].open("r+b") as file:
+        """Alter one bit in the middle of a VM's RAM in the store, or of its recorded stream."""
+        (whole,) = (each.device_stream.path for each in saved.vms if each.vm.name == vm)
+        (stored,) = (self.places[each.host].store / self.vne.name for each in self.vne.vms if each.name == vm)
+        with (*self.images(saved)[vm], stored / whole)[0].open("r+b") as file:
             middle = file.seek(0, os.SEEK_END) // 2
             file.seek(middle)
             (byte,) = file.read(1)

@@ -27,7 +27,8 @@ LONG = {"ipyparallel", "mpi_hpcc", "mpi_lammps", "postgres", "r_snow"}
 async def test_scenario(name: str) -> None:
     scenario = load(name)
     many = scenario.epochs or scenario.judge is not None  # of which two can be mixed
-    engines = (qsnap.Engine.BACKGROUND, qsnap.Engine.PRECOPY) if many else (qsnap.Engine.AUTO,)
+    last = qsnap.Engine.RECORD if scenario.epochs else qsnap.Engine.PRECOPY
+    engines = (qsnap.Engine.BACKGROUND, last) if many else (qsnap.Engine.AUTO,)
     options = Options(engines=engines, cuts=(qsnap.Cut.COLOUR,), snapshots=len(engines), short=True)
     result = await run_scenario(scenario, options, Screen())
     assert result.failure is None, result.failure
