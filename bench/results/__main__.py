@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import trio
@@ -18,6 +19,8 @@ from bench.results import breakdown, engines, programs, scaling, sequence, slowd
 from bench.results.drawing import svg
 from bench.results.page import Data, assemble
 from bench.results.part import Part, encode_rows, parse_rows
+from qsnap.cli.output import INTERRUPTED
+from qsnap.cli.signals import run_until_signal
 from qsnap.host.qemu import kvm_works
 from testbed.screen import Screen
 
@@ -52,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for part in PARTS:
         if part.name in chosen:
             screen.say(part.title, "bold")
-            measure(part, 1 if part.once else options.runs, screen)
+            try:
+                measure(part, 1 if part.once else options.runs, screen)
+            except KeyboardInterrupt:
+                return INTERRUPTED
             write_page()
     write_page()
     screen.say(f"The page: {PAGE}", "dim")
@@ -62,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(part: Part, runs: int, screen: Screen) -> None:
     """Measure a part and keep its data."""
     before = machine()  # its load is that of the others
-    rows = trio.run(part.measure, runs, screen)
+    rows = run_until_signal(partial(part.measure, runs, screen))
     told = load_measured()
     told[part.name] = {
         "date": datetime.now(UTC).date().isoformat(),
