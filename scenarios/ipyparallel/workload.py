@@ -18,7 +18,7 @@ from testbed.shell import GuestShell, run_everywhere
 from testbed.tasks import together
 
 SCRIPT = b64encode(Path(__file__).with_name("rounds.py").read_bytes()).decode()
-WHOLE, SHORT = 300, 60
+WHOLE, SHORT = 150, 15
 ROUNDS = "/srv/rounds"  #: where a line is for each
 START_S = 500.0  #: for what imports much, on a busy host
 SECURITY = "/root/.ipython/profile_default/security"
