@@ -69,7 +69,7 @@ class HugePages:
             if not os.access(_POOL / "nr_hugepages", os.W_OK):
                 raise _refusal(pages, "only root may")
             try:
-                self._resize(vne, missing)
+                self._resize(vne, missing + _read("surplus_hugepages"))
             except OSError as error:
                 raise _refusal(pages, error.strerror or str(error)) from error
             if free_pages() < pages:
@@ -86,7 +86,7 @@ class HugePages:
         ledger = self._settled()
         missing = pages - ledger.added.get(vne, 0)
         if missing:
-            size = _read("nr_hugepages")
+            size = _size()
             self._save(evolve(ledger, change=Change(vne, size, max(0, size + missing))))
             self._settled()
 
@@ -96,9 +96,9 @@ class HugePages:
         if ledger.change is None:
             return ledger
         vne, before, after = ledger.change.vne, ledger.change.before, ledger.change.after
-        if _read("nr_hugepages") == before:
+        if _size() == before:
             (_POOL / "nr_hugepages").write_text(str(after))
-        left = ledger.added.get(vne, 0) + _read("nr_hugepages") - before
+        left = ledger.added.get(vne, 0) + _size() - before
         others = {each: count for each, count in ledger.added.items() if each != vne}
         ledger = Ledger({**others, vne: left} if left > 0 else others)
         self._save(ledger)
@@ -140,6 +140,11 @@ def _refusal(pages: int, reason: str) -> HostError:
         where=str(_POOL / "nr_hugepages"),
         advice='Set backing = "anonymous", or free memory and have root reserve them: sysctl vm.nr_hugepages=N',
     )
+
+
+def _size() -> int:
+    """Pages the kernel keeps. Those it gives up as soon as their user lets go, its surplus, are not among them."""
+    return _read("nr_hugepages") - _read("surplus_hugepages")
 
 
 def _read(name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from qsnap import Engine
 from qsnap.host.capture import Background, Capture, Precopy
 from qsnap.host.daemon import open_daemon
 from qsnap.host.disks import DiskCut, DiskPlan
-from qsnap.host.hugepages import HugePages
+from qsnap.host.hugepages import HUGE_PAGE_BYTES, HugePages, free_pages
 from qsnap.host.qmp import open_loop, open_qmp
 from qsnap.host.runtime import LiveVM
 from qsnap.rules.command import RAM_ID
@@ -105,6 +106,24 @@ def test_two_who_reserve_huge_pages_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(take_turns, ("one", "two")))
     assert list(tmp_path.iterdir()) == []
+    assert size.read_text() == before
+
+
+def test_huge_pages_given_back_while_in_use(tmp_path: Path) -> None:
+    """The kernel gives each up as soon as its user lets go; until then the next who reserves does not count on it."""
+    size = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    before = size.read_text()
+    pages = HugePages(tmp_path / "ledger.json")
+    pages.reserve("one", free_pages() + 4)
+    map_hugetlb = 0x40000  # as in <asm-generic/mman-common.h>
+    with mmap.mmap(-1, HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | map_hugetlb) as page:
+        page[0] = 1
+        pages.give_back("one")
+        assert not pages.ledger.exists()
+        pages.reserve("two", wanted := free_pages() + 4)
+        assert free_pages() >= wanted
+    pages.give_back("two")
+    assert not pages.ledger.exists()
     assert size.read_text() == before
 
 
