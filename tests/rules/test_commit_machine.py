@@ -167,7 +167,7 @@ def test_the_machine_finds_a_participant_that_gives_up_in_doubt(monkeypatch: pyt
     monkeypatch.setitem(commit.OTHER, (State.VOTED, Event.LOST), (State.ABORTED, (Action.UNDO,)))
     quick = settings(
         MACHINE,
-        max_examples=1000,
+        max_examples=20_000,  # one in a thousand finds it
         derandomize=True,
         database=None,
         phases=[hypothesis.Phase.generate],
