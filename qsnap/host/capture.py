@@ -1,7 +1,7 @@
 """Capturing one VM: prepare while it runs, stop it for the cut, resume it, and take in the rest of its state.
 
 The order inside the stop phase is the heart of qsnap: `stop`, one `transaction` for all disks, every tap onto the
-post-snapshot bridge, then the device state. Each engine (`Background`, `Precopy`) differs in what it does before
+post-snapshot bridge, then the device state. VMs among others are halted first, all of them: decision 0026. Each engine (`Background`, `Precopy`) differs in what it does before
 the stop and in how it learns that the VM may run again. After any failure `abandon` leaves the VM as it was found.
 """
 
@@ -99,6 +99,7 @@ class Capture(ABC):
     start_instant_s: float = 0.0
     began: int = 0  # events before this index are from before the migration
     mark: int = 0  #: events before this index are from before the stop
+    halted: bool = False
 
     engine: ClassVar[Engine]
 
@@ -117,13 +118,32 @@ class Capture(ABC):
             os.close(stream_fd)
         await self.daemon.wait_ready()
 
+    @abstractmethod
+    async def halt(self, nursery: trio.Nursery) -> None:
+        """Stop the VM and do no more, ahead of `stop`, unless its engine knows better when.
+
+        It has stopped when this returns. What QEMU still does then, such as to flush the disks, is waited for in
+        `nursery`, so that other VMs need not wait for it.
+        """
+
     async def stop(self) -> None:
         """The VM's cut: stop it, redirect its disks, and make its taps post-snapshot."""
-        self.mark = len(self.qmp.events)
+        self._mark_stop()
         with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
-            await self.qmp.execute_all(READ_AHEAD, ("stop", {}), *self.disks.commands())
+            await self.qmp.execute_all(*self._stop_commands(), *self.disks.commands())
             self.move_taps()
             await self.disks.clone()
+
+    def _mark_stop(self) -> None:
+        if not self.halted:
+            self.mark = len(self.qmp.events)
+
+    def _stop_commands(self) -> tuple[Command, ...]:
+        return () if self.halted else (READ_AHEAD, ("stop", {}))
+
+    async def _wait_stopped(self) -> None:
+        if self.was_running:
+            await self.qmp.wait_event(lambda event: event.name == "STOP", since=self.mark)
 
     async def resume(self) -> None:
         """Let the VM run on as soon as the state at the cut is safe. It stays paused if it was found paused."""
@@ -228,16 +248,24 @@ class Background(Capture):
     engine = Engine.BACKGROUND
     capabilities = BACKGROUND_CAPABILITIES
 
+    async def halt(self, nursery: trio.Nursery) -> None:
+        """At once: this engine has nothing to wait for."""
+        self._mark_stop()
+        self.halted = True
+        nursery.start_soon(self.qmp.execute, "stop")
+        with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
+            await self._wait_stopped()
+
     async def stop(self) -> None:
         """Where a paused VM stays paused, QEMU takes the device state while the taps are still being moved."""
         if not self.keeps_paused:
             await super().stop()
             return
         self._note_start()
-        self.mark = self.began
+        self._mark_stop()
         migrate = ("migrate", {"uri": f"fd:{FD_NAME}"})
         # the disks are cut while the state is taken
-        commands = (READ_AHEAD, ("stop", {}), migrate, *self.disks.commands())
+        commands = (*self._stop_commands(), migrate, *self.disks.commands())
         calls: list[Callable[[], Awaitable[object]]] = [
             partial(self.qmp.execute_all, *commands),
             self._move_taps_once_stopped,
@@ -247,8 +275,7 @@ class Background(Capture):
             await run_all(calls)
 
     async def _move_taps_once_stopped(self) -> None:
-        if self.was_running:
-            await self.qmp.wait_event(lambda event: event.name == "STOP", since=self.mark)
+        await self._wait_stopped()
         self.move_taps()
 
     async def _clone_once_flushed(self) -> None:
@@ -285,6 +312,9 @@ class Precopy(Capture):
 
     engine = Engine.PRECOPY
     capabilities = PRECOPY_CAPABILITIES
+
+    async def halt(self, nursery: trio.Nursery) -> None:
+        """Not before it has converged."""
 
     async def stop(self) -> None:
         await self._start_migration()

@@ -19,6 +19,8 @@ from attrs import define, field
 from qsnap.errors import HostError, QemuError, QsnapError, StreamError
 
 DISCARD_BYTES = 1 << 20
+GIVE_WAY_S = 0.004  #: for each VM: it waits for `cont`, QEMU's main thread for a processor; the pipe has room meanwhile
+MOST_GIVE_WAY_S = 0.032  #: a guest may wait for a page to be saved
 STANDSTILL_S = 10.0  #: what has not come by then will not: no migration has taken the stream up, and it stays open
 
 
@@ -153,17 +155,20 @@ async def open_daemon(
     heir: Sequence[str],
     on_bytes: Callable[[int], None],
     record_limit_bytes: int | None = None,
+    vms: int = 1,
 ) -> AsyncIterator[tuple[Daemon, int]]:
     """Start a receiver for one VM that writes into `directory`, and yield it with the descriptor for QEMU.
 
     The caller closes its copy of that descriptor once QEMU has it. With `keeps_reading` the stream never breaks,
     whatever becomes of the receiver and of qsnap. Should qsnap die, the receiver starts the command `heir`. With
-    `record_limit_bytes` the stream is kept as it comes, up to that size. The process is gone when this ends.
+    `record_limit_bytes` the stream is kept as it comes, up to that size. Once QEMU tracks writes, it gives way to the
+    cut of so many `vms`. The process is gone when this ends.
     """
     stream_in, stream_out = os.pipe()
     options = [
         *_options(directory, backed, ram_limit_bytes),
         *_last_words(keeps_reading, heir),
+        *("--give-way", str(min(vms * GIVE_WAY_S, MOST_GIVE_WAY_S))),
         *(("--record-limit", str(record_limit_bytes)) if record_limit_bytes is not None else ()),
     ]
     async with _start(nursery, stream_in, options, f"VM {vm}", on_bytes, keeps_reading) as daemon:

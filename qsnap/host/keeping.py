@@ -75,6 +75,7 @@ async def open_kept(
     keeps_reading: bool,
     heir: Sequence[str],
     on_bytes: Callable[[int], None],
+    vms: int = 1,
 ) -> AsyncIterator[tuple[Daemon, int]]:
     """A daemon of this host, as `open_daemon` has it, which writes into a new directory."""
     with explained("make the directory", directory):
@@ -89,6 +90,7 @@ async def open_kept(
         keeps_reading=keeps_reading,
         heir=heir,
         on_bytes=on_bytes,
+        vms=vms,
     ) as opened:
         yield opened
 

@@ -51,7 +51,6 @@ from qsnap.wire.stream import StreamReader
 
 _PIPE_BYTES = (4 << 20, 1 << 20)  #: sizes to ask for; the second is what an ordinary user may have
 _PROGRESS_S = 0.1
-_GIVE_WAY_S = 0.004  #: the VM waits for `cont`, QEMU's main thread for a processor; the pipe has room meanwhile
 _DISCARD_BYTES = 1 << 20
 #: Device state of ordinary machines is below 1 MB; some display and assigned devices keep their memory in it.
 _TAIL_LIMIT_BYTES = 1 << 30
@@ -226,11 +225,14 @@ class Inlet:
 class Receiver:
     """Reads the stream, applies it to the snapshot, and answers both sides."""
 
-    def __init__(self, inlet: Inlet, status: Status, snapshot: Snapshot, reader: StreamReader) -> None:
+    def __init__(
+        self, inlet: Inlet, status: Status, snapshot: Snapshot, reader: StreamReader, give_way_s: float
+    ) -> None:
         self._inlet = inlet
         self._status = status
         self._snapshot = snapshot
         self._reader = reader
+        self._give_way_s = give_way_s
         self._received_bytes = 0
         self._tracking = False
 
@@ -245,7 +247,7 @@ class Receiver:
             if isinstance(event, PageRun | ZeroRun) and not self._tracking:
                 self._tracking = True
                 self._status.send("tracking")
-                time.sleep(_GIVE_WAY_S)
+                time.sleep(self._give_way_s)
             self._snapshot.apply(event)
 
     def _receive_more(self) -> None:
@@ -265,6 +267,7 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ram-limit", type=int, required=True, metavar="BYTES", help="of all RAMBlocks together")
     parser.add_argument("--tail-limit", type=int, default=_TAIL_LIMIT_BYTES, metavar="BYTES")
     parser.add_argument("--target-page-size", type=int, default=4096, metavar="BYTES")
+    parser.add_argument("--give-way", type=float, default=0.0, metavar="S", help="pause after `tracking` for so long")
     parser.add_argument("--record-limit", type=int, metavar="BYTES", help="keep the stream as it is, up to this size")
     parser.add_argument("--stand-by", action="store_true", help="leave the stream to the parent while that lives")
     parser.add_argument("--keep-reading", action="store_true", help="read the stream to its end if the parent dies")
@@ -333,7 +336,7 @@ def _keep_newest(options: argparse.Namespace, inlet: Inlet, status: Status) -> N
     snapshot = Snapshot(options.directory, options.backed)
     _warm_up()
     status.send("ready")
-    Receiver(inlet, status, snapshot, reader).run()
+    Receiver(inlet, status, snapshot, reader, options.give_way).run()
     status.send("done", **snapshot.finish())
 
 

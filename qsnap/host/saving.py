@@ -161,12 +161,14 @@ class Saving:
         """The cut of VMs that wait for no other: each resumes as soon as it can."""
         await self._settle_disks()
         with undisturbed():
+            await self._halt()
             await run_all([partial(self._stop_and_resume, member) for member in self.members])
 
     async def stop(self) -> None:
         """The first half of a barrier: every VM is stopped when this returns."""
         await self._settle_disks()
         with undisturbed():
+            await self._halt()
             await run_all([partial(self._stop, member) for member in self.members])
 
     async def resume(self) -> None:
@@ -213,6 +215,11 @@ class Saving:
             await put_snapshot_right(self.live.vne.name, self.runtime, found, self.qmps, self.readers)
             self.journal.end()
 
+    @property
+    def _several(self) -> bool:
+        """Whether there are more VMs than one, here or on other hosts."""
+        return len(self.live.vms) > 1 or bool(self.order.id)
+
     def _snapshot(self, outcome: Outcome) -> Snapshot:
         name = self.order.name
         vms = tuple(vm.vm for vm in self.vms)
@@ -240,9 +247,7 @@ class Saving:
             await set_aside(qmp, vm.settings)
             self.sessions.push_async_callback(put_back, qmp, vm.settings)
         facts = evolve(
-            await gather_facts(
-                qmp, vm, waits=self.order.cut is Cut.BARRIER and (len(self.live.vms) > 1 or bool(self.order.id))
-            ),
+            await gather_facts(qmp, vm, waits=self.order.cut is Cut.BARRIER and self._several),
             copies_disks=bool(plan.of(DiskEngine.COPY)),
         )
         decision = choose_engine(self.order.engine, facts)
@@ -310,8 +315,21 @@ class Saving:
             self.keepers[vm.name] = keeper
             return keeper, stream_fd
         return await self.sessions.enter_async_context(
-            open_kept(self.nursery, directory, keep, keeps_reading=keeps_reading, heir=heir, on_bytes=on_bytes)
+            open_kept(
+                self.nursery,
+                directory,
+                keep,
+                keeps_reading=keeps_reading,
+                heir=heir,
+                on_bytes=on_bytes,
+                vms=len(self.live.vms),
+            )
         )
+
+    async def _halt(self) -> None:
+        """Where there are several, all are stopped before the rest of any cut takes the processor from another."""
+        if self._several:
+            await run_all([partial(member.capture.halt, self.nursery) for member in self.members])
 
     async def _stop_and_resume(self, member: Saved) -> None:
         await self._stop(member)

@@ -58,6 +58,8 @@ def check_measurements(saved: qsnap.Snapshot, engine: Engine) -> None:
         assert 0 < taken.image_to_memory < 1.1 or engine is Engine.RECORD
     stops = [vm.measurements.stop_instant_s for vm in saved.vms]
     assert saved.discrepancy_ms == pytest.approx((max(stops) - min(stops)) * 1e3)
+    if engine is Engine.BACKGROUND:  # all are halted before the state of any is taken
+        assert max(stops) <= min(vm.measurements.start_instant_s for vm in saved.vms)
 
 
 @pytest.mark.parametrize("engine", [Engine.AUTO, Engine.PRECOPY])
