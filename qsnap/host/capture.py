@@ -1,8 +1,9 @@
 """Capturing one VM: prepare while it runs, stop it for the cut, resume it, and take in the rest of its state.
 
 The order inside the stop phase is the heart of qsnap: `stop`, one `transaction` for all disks, every tap onto the
-post-snapshot bridge, then the device state. VMs among others are halted first, all of them: decision 0026. Each engine (`Background`, `Precopy`) differs in what it does before
-the stop and in how it learns that the VM may run again. After any failure `abandon` leaves the VM as it was found.
+post-snapshot bridge, then the device state. VMs among others are halted before any goes through it (decision 0026).
+Each engine (`Background`, `Precopy`) differs in what it does before the stop and in how it learns that the VM may run
+again. After any failure `abandon` leaves the VM as it was found.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ class Capture(ABC):
         self._mark_stop()
         with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
             await self.qmp.execute_all(*self._stop_commands(), *self.disks.commands())
+            await self._wait_stopped()
             self.move_taps()
             await self.disks.clone()
 

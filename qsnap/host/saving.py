@@ -54,6 +54,7 @@ from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine,
 from qsnap.rules.manifest import files_in
 from qsnap.wire.messages import Keep
 
+HALT_S = 0.03  #: VMs wait for each other to be stopped
 DEVICE_RAM_BYTES = 2 << 30  #: allowed for in a stream beside the guest's memory: video RAM, ROMs, tables
 ENDED = ("guest-panicked", "shutdown", "internal-error")  #: run states of a VM whose guest cannot go on
 RECORD_LIMIT = 4  #: times the guest's memory, beside the above, is what a recorded stream may grow to
@@ -327,9 +328,13 @@ class Saving:
         )
 
     async def _halt(self) -> None:
-        """Where there are several, all are stopped before the rest of any cut takes the processor from another."""
+        """Where there are several, all are stopped before the rest of any cut takes the processor from another.
+
+        One that takes longer than HALT_S is no longer waited for: its cut comes later, as with engines that halt none.
+        """
         if self._several:
-            await run_all([partial(member.capture.halt, self.nursery) for member in self.members])
+            with trio.move_on_after(HALT_S):
+                await run_all([partial(member.capture.halt, self.nursery) for member in self.members])
 
     async def _stop_and_resume(self, member: Saved) -> None:
         await self._stop(member)

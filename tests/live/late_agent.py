@@ -19,13 +19,19 @@ LATE_S = 2.0
 
 def make_late(vm: str) -> None:
     """Let this VM be late."""
-    stop = Background.stop
+    halt, stop = Background.halt, Background.stop
+
+    async def not_yet(self: Background, nursery: trio.Nursery) -> None:
+        if self.qmp.vm == vm:
+            await trio.sleep_forever()
+        await halt(self, nursery)
 
     async def late(self: Background) -> None:
         if self.qmp.vm == vm:
             await trio.sleep(LATE_S)
         await stop(self)
 
+    Background.halt = not_yet  # type: ignore[method-assign]
     Background.stop = late  # type: ignore[method-assign]
 
 

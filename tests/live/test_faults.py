@@ -181,18 +181,19 @@ async def test_second_snapshot_is_refused(eleven: qsnap.Place) -> None:
     await check_unharmed("eleven", eleven, ["running"] * 3)
 
 
+@pytest.mark.parametrize("step", ["halt", "stop"])
 @pytest.mark.parametrize("vne", ["seven", "eleven"])
-async def test_failure_before_any_vm_is_stopped(
-    vne: str, golden: qsnap.Place, eleven: qsnap.Place, seven: qsnap.Place, monkeypatch: pytest.MonkeyPatch
+async def test_failure_when_vms_are_stopped(
+    vne: str, step: str, golden: qsnap.Place, eleven: qsnap.Place, seven: qsnap.Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All VMs are prepared, and then one cannot be cut."""
+    """All VMs are prepared, or halted, and then they cannot be cut."""
 
-    async def fail(self: Background) -> None:
+    async def fail(self: Background, *arguments: object) -> None:
         raise qsnap.QemuError("it cannot be stopped", where=f"VM {self.qmp.vm}")
 
     await qsnap.restore(vne, "booted", place=golden)
     with monkeypatch.context() as patch, trio.fail_after(DEADLINE_S):
-        patch.setattr(Background, "stop", fail)
+        patch.setattr(Background, step, fail)
         with pytest.raises(qsnap.QemuError):
             await qsnap.snapshot(vne, "doomed", engine=Engine.BACKGROUND, place=golden)
     await check_unharmed(vne, golden, ["running"] * 3)

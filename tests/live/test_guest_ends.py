@@ -45,7 +45,7 @@ async def test_before(word: bytes, extra: tuple[str, ...], state: str, place: qs
         await check_echo("lab", ["vm1"], place)
 
 
-@pytest.mark.parametrize("step", ["prepare", "stop", "complete"])
+@pytest.mark.parametrize("step", ["prepare", "halt", "complete"])
 @pytest.mark.parametrize(("qemu", "engine", "cut"), CAPTURES)
 async def test_meanwhile(
     qemu: str,

@@ -71,7 +71,7 @@ async def test_the_socket_was_removed(engine: type[Capture], place: qsnap.Place,
     await check_echo("lab", BOTH, place)
 
 
-@pytest.mark.parametrize("step", ["prepare", "stop", "_release", "complete"])
+@pytest.mark.parametrize("step", ["prepare", "halt", "stop", "_release", "complete"])
 @pytest.mark.parametrize("engine", ENGINES)
 async def test_the_connection_ends(
     engine: type[Capture], step: str, place: qsnap.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

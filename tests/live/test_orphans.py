@@ -39,13 +39,19 @@ async def test_no_orphan_in_many_snapshots_under_load(cut: Cut, eleven: qsnap.Pl
 
 def make_late(monkeypatch: pytest.MonkeyPatch, vm: str) -> None:
     """Let one VM reach its cut long after the others."""
-    stop = Background.stop
+    halt, stop = Background.halt, Background.stop
+
+    async def not_yet(self: Background, nursery: trio.Nursery) -> None:
+        if self.qmp.vm == vm:
+            await trio.sleep_forever()
+        await halt(self, nursery)
 
     async def late(self: Background) -> None:
         if self.qmp.vm == vm:
             await trio.sleep(LATE_S)
         await stop(self)
 
+    monkeypatch.setattr(Background, "halt", not_yet)
     monkeypatch.setattr(Background, "stop", late)
 
 
@@ -54,6 +60,7 @@ async def save_with_late_vm(monkeypatch: pytest.MonkeyPatch, place: qsnap.Place)
     make_late(monkeypatch, "vm2")
     saved = await qsnap.snapshot("eleven", "late", engine=Engine.BACKGROUND, cut=Cut.COLOUR, place=place)
     assert saved.discrepancy_ms > LATE_S * 1e3 / 2
+    assert all(vm.measurements.downtime_ms < LATE_S * 1e3 / 2 for vm in saved.vms), "others had to wait for it"
     return judge(saved, place).orphans
 
 

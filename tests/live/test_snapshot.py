@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from functools import partial
@@ -25,7 +26,10 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-async def test_first_light(kind: tuple[str, str, Engine, Cut, Backing], place: qsnap.Place) -> None:
+async def test_first_light(
+    kind: tuple[str, str, Engine, Cut, Backing], place: qsnap.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "HALT_S", math.inf)  # a busy machine may take longer
     qemu, machine, engine, cut, backing = kind
     vne = make_vne("light", qemu=qemu, machine=machine, backing=backing, extra=("-device", "VGA"))
     started = await qsnap.up(vne, place=place)

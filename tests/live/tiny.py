@@ -6,6 +6,7 @@ panics (pvpanic), at `s` it powers off.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import trio
 
 import qsnap
+from qsnap.host import saving
 from qsnap.host.capture import Capture
 from tests.live.lab import QEMU_11
 
@@ -90,7 +92,10 @@ async def wait_state(vne: str, vm: str, place: qsnap.Place, state: str) -> None:
 def strike_before(
     patch: pytest.MonkeyPatch, step: str, vm: str, fault: Callable[[], Awaitable[None]], engine: type[Capture]
 ) -> None:
-    """Let a fault strike just before this step of one VM's capture: `prepare`, `stop`, `_release` or `complete`."""
+    """Let a fault strike just before this step of one VM's capture.
+
+    It is `prepare`, `halt`, for which the others wait, `stop`, `_release` or `complete`.
+    """
     real = getattr(engine, step)
 
     async def struck(self: Capture, *arguments: Any) -> Any:
@@ -99,3 +104,4 @@ def strike_before(
         return await real(self, *arguments)
 
     patch.setattr(engine, step, struck)
+    patch.setattr(saving, "HALT_S", math.inf)
