@@ -100,7 +100,7 @@ class Capture(ABC):
     start_instant_s: float = 0.0
     began: int = 0  # events before this index are from before the migration
     mark: int = 0  #: events before this index are from before the stop
-    halted: bool = False
+    halted: bool = False  #: `stop` was sent ahead
 
     engine: ClassVar[Engine]
 
