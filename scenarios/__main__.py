@@ -14,7 +14,7 @@ import qsnap
 from qsnap.cli.signals import run_until_signal
 from scenarios.page import write_page
 from scenarios.running import ENGINES, Options, Result, run_scenario
-from scenarios.scenario import load, names
+from scenarios.scenario import Scenario, load, names
 from testbed.screen import Screen
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,8 +33,16 @@ def list_() -> None:
     screen = Screen()
     for name in names():
         scenario = load(name)
-        screen.say(f"{name} ({len(scenario.vne().vms)} VMs)", "bold")
+        screen.say(f"{name} ({size(scenario)})", "bold")
         screen.say(f"   {scenario.claim}")
+
+
+def size(scenario: Scenario) -> str:
+    """How many VMs there are, which only a description tells whose files are there."""
+    try:
+        return f"{len(scenario.vne().vms)} VMs"
+    except qsnap.ConfigError:
+        return "its guests are not built yet"
 
 
 @main.command()

@@ -13,6 +13,8 @@ import qsnap
 from scenarios.history import Finding, History
 
 HERE = Path(__file__).resolve().parent
+#: What is missing where a description is right.
+BUILD = "Build the guests: scripts/setup, then scripts/images with the name of the file, or without one for all."
 
 
 class Workload(Protocol):
@@ -61,8 +63,15 @@ class Scenario:
     usual_vms: int = 0
 
     def vne(self, vms: int = 0) -> qsnap.VNE:
-        """What vne.toml describes, or the first VMs of it. Raises ConfigError if that is too few or more than all."""
-        whole = qsnap.load_description(HERE / self.name / "vne.toml")
+        """What vne.toml describes, or the first VMs of it.
+
+        Raises ConfigError if that is too few or more than all, or its guests are not built.
+        """
+        try:
+            whole = qsnap.load_description(HERE / self.name / "vne.toml")
+        except qsnap.ConfigError as error:
+            error.advice = BUILD
+            raise
         if vms and not self.fewest_vms <= vms <= len(whole.vms):
             message = f"{self.name} runs on {self.fewest_vms} to {len(whole.vms)} VMs, not on {vms}"
             raise qsnap.ConfigError(message, file=f"scenarios/{self.name}/vne.toml", line=0, key="")

@@ -17,7 +17,7 @@ INPUT = Path(__file__).with_name("in.melt").read_text()
 LOG = "log.melt"
 PROGRAM = "lmp -in in.melt -log {log} -screen none -var cells {cells} -var every {every} -var steps {steps}"
 #: Cells of four atoms in each direction, and steps; a line is written after so many.
-WHOLE, SHORT, EVERY = (8, 1000), (6, 400), 10
+WHOLE, SHORT, EVERY = (8, 1000), (6, 1500), 10
 LINE = r"^ *[0-9]\+ \+[0-9.]\+ "
 READ = f"cd {mpi.DIRECTORY} && sha256sum <atoms | cut -c 1-64 && cat {LOG}"
 #: The last digit of a line that is somewhere in the middle is another one.
