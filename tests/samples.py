@@ -129,7 +129,7 @@ def vnes(draw: st.DrawFn) -> VNE:
     return VNE(
         draw(NAMES),
         tuple(_vm(draw, name, networks, [next(macs), next(macs)]) for name in names),
-        tuple(Network(name, draw(st.integers(68, 65535))) for name in networks),
+        tuple(Network(name, draw(st.integers(68, 65521))) for name in networks),
     )
 
 

@@ -140,6 +140,22 @@ def test_an_error_as_json(run: Run, words: tuple[str, ...]) -> None:
     assert report["exit_code"] == code == 4
 
 
+def test_a_full_standard_output_is_told_of() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "qsnap.cli", "completion", "bash"], stdout=full, stderr=-1, text=True)
+    assert done.returncode == qsnap.HostError.exit_code
+    assert done.stderr == (
+        "qsnap: standard output: it is done, but the answer cannot be printed: No space left on device\n"
+    )
+
+
+def test_no_standard_output(tmp_path: Path) -> None:
+    words = ["ls", "--store", str(tmp_path)]
+    command = shlex.join([sys.executable, "-m", "qsnap.cli", *words])
+    done = subprocess.run(["sh", "-c", f"exec {command} >&-"], stderr=-1, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("words", [("nope",), ("show", "lab"), ("ls", "--bad"), ("snapshot", "lab", "--cut", "x")])
 def test_a_wrong_command_line(run: Run, words: tuple[str, ...]) -> None:
     code, out, err = run(*words)

@@ -192,7 +192,7 @@ FAULTS = [
     ("[vm]\nbob.vcpus = 0", 5, "vm.bob.vcpus", "not between"),
     ("[vm.Bob]", 4, "vm.Bob", "not a name"),
     ('[vm."-b"]', 4, "vm.-b", "not a name"),
-    ("[network.wan]\nmtu = 10", 5, "network.wan.mtu", "not between 68 and 65535"),
+    ("[network.wan]\nmtu = 10", 5, "network.wan.mtu", "not between 68 and 65521"),
     ("[network.wan]\nvni = 16777216", 5, "network.wan.vni", "not between 2 and 16777214"),
     ("[network.wan]\nvni = 4001", 5, "network.wan.vni", "odd"),
     ("[network.wan]\nvlan = 10", 5, "network.wan.vlan", "Valid: mtu"),

@@ -171,11 +171,12 @@ def snapshot(
     """
     saved = call_with_bars(settings, qsnap.snapshot, vne, name, engine=engine, cut=cut, disks=disks)
     elsewhere = _store_option(settings, saved.vne.name)
-    down = settings.command_line("down", vne)
-    hints = [
-        ("Look at it", settings.command_line("show", vne, saved.name, **elsewhere)),
-        ("Go back to it", f"{down} && {settings.command_line('restore', vne, saved.name, **elsewhere)}"),
-    ]
+    back = settings.command_line("restore", vne, saved.name, **elsewhere)
+    if _is_attached(settings, saved.vne.name):
+        way = ("Go back to it, once its VMs have ended", f"{settings.command_line('detach', vne)} && {back}")
+    else:
+        way = ("Go back to it", f"{settings.command_line('down', vne)} && {back}")
+    hints = [("Look at it", settings.command_line("show", vne, saved.name, **elsewhere)), way]
     return Answer(saved, tables.with_next(tables.saved_text(saved), *hints))
 
 
@@ -185,6 +186,12 @@ def _store_option(settings: Settings, vne: str) -> dict[str, str]:
         return {}
     store = settings.place.runtime().load(vne).store
     return {} if store == str(settings.place.store) else {"store": store}
+
+
+def _is_attached(settings: Settings, vne: str) -> bool:
+    """Whether its VMs were started by somebody else, who is to end them."""
+    runtime = settings.place.runtime()
+    return vne in runtime.names() and runtime.load(vne).vne.attached
 
 
 def _pairs(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:

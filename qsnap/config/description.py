@@ -40,6 +40,7 @@ from qsnap.model import VM, VNE, VNI_LIMIT, Accelerator, Backing, Disk, Host, Ne
 Settings = dict[str, tuple[Key, Any]]  #: field of VM -> where it was given, and its value
 MacKey = tuple[Key, int]  #: the place of a VM, and the index of one of its NICs
 
+MTU_LIMIT = 65521  #: of a tap: the kernel's 65535 with a frame's header
 AGENT_PORT = 7907  #: where an agent listens if nothing else is said
 _HOST_PORT = re.compile(r"(\[(?P<ipv6>[0-9a-fA-F:.]+)\]|(?P<host>[A-Za-z0-9._-]+))(:(?P<port>[0-9]{1,5}))?")
 _FORMATS = ("qcow2", "raw", "vdi", "vhdx", "vmdk", "vpc")
@@ -167,7 +168,7 @@ def _named_tables(source: Source, top: dict[str, object], kind: str) -> list[tup
 
 def _network(source: Source, key: Key, value: object) -> Network:
     given = table(source, key, value, ("mtu", "vni"))
-    readers: dict[str, Reader[Any]] = {"mtu": whole(68, 65535), "vni": _vni}
+    readers: dict[str, Reader[Any]] = {"mtu": whole(68, MTU_LIMIT), "vni": _vni}
     values = {word: readers[word](source, (*key, word), item) for word, item in given.items()}
     return Network(str(key[-1]), **values)
 

@@ -45,6 +45,7 @@ from qsnap.model import (
     VMSnapshot,
     VNEStatus,
 )
+from qsnap.rules.checks import check_vne
 from qsnap.rules.parts import (
     hosts_in_use,
     in_order,
@@ -64,8 +65,10 @@ log = logging.getLogger("qsnap")
 async def up(vne: VNE, *, place: Place | None = None, progress: Progress = no_progress) -> VNEStatus:
     """Start all VMs of a VNE, and let them run together.
 
-    Raises StateError if it is up already. On any failure everything that was made is taken away again.
+    Raises ConfigError for a VNE that no description could describe, and StateError if it is up already. On any failure
+    everything that was made is taken away again.
     """
+    check_vne(vne)
     place = place or Place()
     remember(vne, place)
     statuses = await carry_out(UpOrder(vne), spread_of(vne.name, place), place, progress)
@@ -273,8 +276,10 @@ async def recover(vne: str | None = None, *, place: Place | None = None) -> tupl
 async def attach(vne: VNE, *, place: Place | None = None) -> AttachReport:
     """Make the running VMs that a description names known to qsnap. They need a QMP socket that nobody else uses.
 
-    Raises AttachRefusedError, by name, for whatever a restore could not bring back. On any failure nothing stays.
+    Raises ConfigError for a VNE that no description could describe, and AttachRefusedError, by name, for whatever a
+    restore could not bring back. On any failure nothing stays.
     """
+    check_vne(vne)
     place = place or Place()
     remember(vne, place)
     if not vne.hosts:

@@ -41,6 +41,11 @@ def default_identity() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config")) / "qsnap/identity.pem"
 
 
+def _absolute(path: str | Path) -> Path:
+    """The path as it is from any working directory. Symbolic links stay, which somebody may turn meanwhile."""
+    return Path(os.path.abspath(path))
+
+
 @frozen
 class Place:
     """The directory of running VNEs and the directory of snapshots. A running VNE keeps the store it came up with.
@@ -48,8 +53,8 @@ class Place:
     `identity` is the file by which other hosts know this one.
     """
 
-    run: Path = field(factory=default_run_dir, converter=Path)
-    store: Path = field(factory=default_store_dir, converter=Path)
+    run: Path = field(factory=default_run_dir, converter=_absolute)
+    store: Path = field(factory=default_store_dir, converter=_absolute)
     identity: Path = field(factory=default_identity, converter=Path)
 
     def runtime(self) -> Runtime:

@@ -26,6 +26,7 @@ from qsnap.model import Accelerator
 
 KVM_PROBE_TIMEOUT_S = 60.0  # in a machine with an emulated KVM, on a busy host, a probe that went well took 15
 DYING_S = 0.3
+LAST_LINES = 8  #: of what a QEMU said that did not start
 _PACKAGES = {
     "qemu-img": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
@@ -109,14 +110,18 @@ async def _wait_for_socket(process: Process, path: str, log: str, vm: str) -> No
     while not os.path.exists(path):
         if not process.is_alive():
             reap(process)
-            words = last_words(Path(log))
-            raise QemuError(f"QEMU did not start: {words}", where=f"VM {vm}", advice=f"See {log}")
+            raise did_not_start(last_words(Path(log)), vm)
         await trio.sleep(0.002)
+
+
+def did_not_start(words: str, vm: str) -> QemuError:
+    """The error for a QEMU that ended at once. Its log goes with all that was made, so what it said is told here."""
+    return QemuError(f"QEMU did not start: {words or 'it ended without a word'}", where=f"VM {vm}")
 
 
 def last_words(log: Path) -> str:
     """The last lines that QEMU wrote to its log, on one line."""
-    return " / ".join(log.read_text(errors="replace").strip().splitlines()[-4:])
+    return " / ".join(log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:])
 
 
 async def end_process(process: Process) -> None:

@@ -164,7 +164,8 @@ class Restoring:
         await run_all([partial(self._run_on, *self.loaded[vm]) for vm in live.waiting])
         ready_ms = (trio.current_time() - self.begun_s) * 1e3
         self.runtime.save(evolve(live, waiting=()))
-        return RestoreReport(self.saved, ready_ms, self.how, self.running_ms)
+        how = {vm.vm.name: self.how[vm.vm.name] for vm in self.saved.vms if vm.vm.name in self.how}
+        return RestoreReport(self.saved, ready_ms, how, self.running_ms)
 
     async def undo(self) -> None:
         """Take all of it away."""

@@ -15,7 +15,7 @@ from qsnap.errors import QemuError
 from qsnap.host.bridges import open_links
 from qsnap.host.disks import create_overlay, find_devices, new_path, read_disks
 from qsnap.host.netns import enter_command, make_netns, remove_netns
-from qsnap.host.qemu import Process, find_program, last_words, start_qemu
+from qsnap.host.qemu import Process, did_not_start, find_program, last_words, start_qemu
 from qsnap.host.qmp import QemuGoneError, Qmp, open_qmp
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.store import Store
@@ -144,7 +144,7 @@ async def open_started(stack: AsyncExitStack, runtime: Runtime, vne: str, proces
             if not process.is_alive() or trio.current_time() > deadline_s:
                 log = runtime.vm_directory(vne, vm) / "qemu.log"
                 words = (last_words(log) if not process.is_alive() else "") or error.message
-                raise QemuError(f"QEMU did not start: {words}", where=f"VM {vm}", advice=f"See {log}") from error
+                raise did_not_start(words, vm) from error
         await trio.sleep(POLL_S)
 
 

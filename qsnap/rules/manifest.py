@@ -40,7 +40,10 @@ def check_names(*names: str) -> None:
     """Raise StateError for the first that cannot name a VNE, a snapshot or a VM: no other may be part of a path."""
     for name in names:
         if not is_name(name):
-            advice = "Names are 1 to 64 of a-z, 0-9, '.', '_' and '-', and start with a letter or a digit."
+            advice = (
+                "VNEs and VMs have names of 1 to 32 of a-z, 0-9 and '-', snapshots of 1 to 64 of these, '.' and '_'; "
+                "they start with a letter or a digit."
+            )
             raise StateError(f"{name[:80]!r} is not a name", advice=advice)
 
 

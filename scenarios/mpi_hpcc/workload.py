@@ -21,7 +21,7 @@ WHOLE, SHORT = (64, 96, 128), (64, 96)
 BLOCKS = (8, 12)
 BROADCASTS = 6
 PARTS = 21  #: benchmarks, a summary, and kinds of messages
-DONE = r"^End of .* section\|^Message Length\|\. PASSED$"
+DONE = r"^End of .* section\|^Message Length"  #: systems are not counted one by one: they take the last second
 #: A residual is another one, and one check failed.
 SPOIL = f"cd {mpi.DIRECTORY} && sed -i '0,/)=  .*PASSED/s/)=  .*PASSED/)=        99.0000000 ...... FAILED/' {OUTPUT}"
 
@@ -63,8 +63,8 @@ class Challenge:
 
     async def progress(self) -> dict[str, float]:
         """The share of what is to be written, at the guest that writes it."""
-        rank, lines = mpi.first(self.shells), PARTS + len(self.systems)
-        return {rank.name: await measure_job(rank, DONE, f"{mpi.DIRECTORY}/{OUTPUT}", lines)}
+        rank = mpi.first(self.shells)
+        return {rank.name: await measure_job(rank, DONE, f"{mpi.DIRECTORY}/{OUTPUT}", PARTS)}
 
     async def outcome(self) -> Outcome:
         """What was written."""

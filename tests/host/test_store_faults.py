@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -120,6 +122,16 @@ class TestRemoving:
         assert present(home) == {*contents(), MANIFEST, SEALS, "notes.txt"}
         assert os.listdir(home / "snapshots") == ["s1"]
         await store.check_quick("lab", "s1")
+
+    async def test_a_layer_that_a_qemu_has_open_stays_and_what_it_boots_from(self, store: Store, home: Path) -> None:
+        await save(store)
+        for name in ("disks/open.qcow2", "disks/closed.qcow2", "boot/kernel", "snapshots/old/left.ram"):
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            write(home / name, b"content")
+        with open(home / "disks/open.qcow2", "rb") as image:  # a shared lock on one byte, as QEMU's are
+            fcntl.fcntl(image, fcntl.F_OFD_SETLK, struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 201, 1, 0))
+            assert set(await store.collect("lab")) == {"disks/closed.qcow2", "snapshots/old/left.ram"}
+        assert set(await store.collect("lab")) == {"disks/open.qcow2", "boot/kernel"}
 
     async def test_nothing_is_collected_beside_a_damaged_manifest(self, store: Store, home: Path) -> None:
         await save(store, "s1")

@@ -39,6 +39,7 @@ class Shell:
     """Runs qsnap with the directories of a place in its environment."""
 
     def __init__(self, place: qsnap.Place) -> None:
+        self.directory = Path.cwd()
         self.environment = {**os.environ, "QSNAP_RUN": str(place.run), "QSNAP_STORE": str(place.store)}
 
     def __call__(self, *words: str, code: int = 0, typed: str = "") -> str:
@@ -46,6 +47,7 @@ class Shell:
         done = subprocess.run(
             [sys.executable, "-m", "qsnap.cli", *words],
             env=self.environment,
+            cwd=self.directory,
             input=typed,
             capture_output=True,
             text=True,
@@ -69,6 +71,25 @@ class Shell:
         deadline = time.monotonic() + READY_S
         while '"ready":true' not in self("console", "walk", vm, typed="\nstatus\n"):
             assert time.monotonic() < deadline, f"{vm} did not get ready"
+
+
+def test_another_run_directory(place: qsnap.Place, tmp_path: Path) -> None:
+    """What a running VM has open stays, whoever tidies the store without knowing of it; and paths may be relative."""
+    disk = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(disk), "8M"], check=True)
+    lab = tmp_path / "lab.toml"
+    lab.write_text(LAB.partition("[vm.bob]")[0] + f'disks = ["{disk}"]')
+    own, other = Shell(place), Shell(qsnap.Place(run=tmp_path / "other", store=place.store))
+    own.environment["QSNAP_STORE"] = os.path.relpath(place.store)
+    own("up", str(lab))
+    own("snapshot", "walk", "one")
+    assert "Removed walk/one" in other("rm", "walk", "one")
+    own.directory = tmp_path
+    own("snapshot", "walk", "two")
+    own("down", "walk")
+    own("verify", "walk", "two", "--store", str(place.store))
+    own("rm", "walk", "two", "--store", str(place.store))
+    assert [path for path in (place.store / "walk").rglob("*") if path.is_file()] == []
 
 
 def test_walk(place: qsnap.Place, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -155,6 +157,23 @@ def remove_tree(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a program has locked an image, as each QEMU does (RAW_LOCK_PERM_BASE, block/file-posix.c).
+
+    No where the file cannot be opened, or its file system has no such locks.
+    """
+    asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 100, 200, 0)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            held: int = struct.unpack_from("h", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0]
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+    return held != fcntl.F_UNLCK
 
 
 def files_below(directory: Path, *tops: str) -> tuple[list[str], list[str]]:

@@ -21,6 +21,7 @@ from qsnap.errors import HostError, IntegrityError, StateError
 from qsnap.host.store.files import (
     explained,
     files_below,
+    is_locked,
     make_directories,
     opened_inside,
     remove_tree,
@@ -230,7 +231,8 @@ class Store:
         """Remove every file of a VNE that nothing needs. Returns their paths relative to its directory.
 
         `in_use` are the paths, absolute or relative to the VNE's directory, of the files that running VMs
-        need: for a disk, its whole chain of layers.
+        need: for a disk, its whole chain of layers. Layers that a QEMU has open stay in any case: of VMs that were let
+        go of, or are known in another run directory.
 
         Raises:
             IntegrityError: a manifest is damaged, and so what it needs is not known. Nothing was removed.
@@ -418,6 +420,9 @@ class Store:
         kept = {os.path.relpath(os.path.realpath(home / path), os.path.realpath(home)) for path in in_use}
         files, directories = files_below(home, *DIRECTORIES)
         waste = garbage(committed, files, kept)
+        if locked := {path for path in waste if path.startswith("disks/") and is_locked(home / path)}:
+            kept |= {*locked, "boot"}  # a VM of which nobody told has them open, and is to be saved with its kernel
+            waste = garbage(committed, files, kept)
         for path in waste:
             remove_tree(home / path)
         for path in reversed(garbage((), directories, kept)):
