@@ -142,7 +142,8 @@ def test_an_error_as_json(run: Run, words: tuple[str, ...]) -> None:
 
 def test_a_full_standard_output_is_told_of() -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "qsnap.cli", "completion", "bash"], stdout=full, stderr=-1, text=True)
+        words = [sys.executable, "-m", "qsnap.cli", "completion", "bash"]
+        done = subprocess.run(words, stdout=full, stderr=-1, text=True)
     assert done.returncode == qsnap.HostError.exit_code
     assert done.stderr == (
         "qsnap: standard output: it is done, but the answer cannot be printed: No space left on device\n"

@@ -128,7 +128,7 @@ class TestRemoving:
         for name in ("disks/open.qcow2", "disks/closed.qcow2", "boot/kernel", "snapshots/old/left.ram"):
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             write(home / name, b"content")
-        with open(home / "disks/open.qcow2", "rb") as image:  # a shared lock on one byte, as QEMU's are
+        with (home / "disks/open.qcow2").open("rb") as image:  # a shared lock on one byte, as QEMU's are
             fcntl.fcntl(image, fcntl.F_OFD_SETLK, struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 201, 1, 0))
             assert set(await store.collect("lab")) == {"disks/closed.qcow2", "snapshots/old/left.ram"}
         assert set(await store.collect("lab")) == {"disks/open.qcow2", "boot/kernel"}
