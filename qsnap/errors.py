@@ -56,6 +56,10 @@ class StateError(QsnapError):
     exit_code = 4
 
 
+class NotUpError(StateError):
+    """The VNE is not up on this host."""
+
+
 class BusyError(StateError):
     """Another qsnap is at work on this VNE. Nothing was changed; try again when it has ended."""
 

@@ -51,8 +51,10 @@ def choice(option: str, values: type[E], default: E, help: str) -> Callable[[F],
 def call(settings: Settings, function: Callable[..., Awaitable[T]], *args: object, **kwargs: object) -> T:
     """Run a function of the library to its end, at the place that the options name."""
     place = settings.place
-    known = [vne_named(arg, place) if isinstance(arg, str) else arg for arg in args[:1]]
-    return run_until_signal(partial(function, *known, *args[1:], place=place, **kwargs))
+    if not args or not isinstance(args[0], str):
+        return run_until_signal(partial(function, *args, place=place, **kwargs))
+    with vne_named(args[0], place, moves=function is qsnap.restore) as vne:
+        return run_until_signal(partial(function, vne, *args[1:], place=place, **kwargs))
 
 
 def call_with_bars(settings: Settings, function: Callable[..., Awaitable[T]], *args: object, **kwargs: object) -> T:

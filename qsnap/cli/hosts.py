@@ -91,5 +91,6 @@ async def _serve(settings: Settings, address: str, port: int, allow: tuple[str, 
 def hosts(settings: Settings, vne: str, qemu: str) -> Answer:
     """Show the hosts of a VNE: what their agents can do, and what is wrong with them."""
     place = settings.place
-    found = run_until_signal(partial(qsnap.hosts, vne_named(vne, place), qemu=qemu, place=place))
+    with vne_named(vne, place) as name:
+        found = run_until_signal(partial(qsnap.hosts, name, qemu=qemu, place=place))
     return Answer(found, tables.hosts_text(found))

@@ -83,6 +83,28 @@ async def refuse_saved(whole: VNE, name: str, place: Place) -> None:
         raise StateError(message, where=f"host {taken[0]}", advice="Choose another name, or remove it.")
 
 
+async def refuse_elsewhere(vne: VNE, known: VNE | None, place: Place) -> None:
+    """Raise StateError if a VNE is up on a host that is not to have VMs of it. The others find out by themselves."""
+
+    async def look(host: Host) -> None:
+        try:
+            await ask_one(host, m.GetStatus(vne.name), m.Statuses, place)
+        except StateError:
+            return
+        except ConnectionLostError as error:
+            log.warning("%s", error)
+            return
+        up.append(host.name)
+
+    up: list[str] = []
+    known_hosts = {host.name: host for each in (known, vne) if each is not None for host in each.hosts}
+    used = {host.name for host in hosts_in_use(vne)}
+    await run_all([partial(look, host) for host in known_hosts.values() if host.name not in used])
+    if up:
+        advice = f"Take it down first: qsnap down {vne.name}"
+        raise StateError(f"VNE {vne.name} is up there already", where=f"host {up[0]}", advice=advice)
+
+
 async def on_each(
     vne: str,
     place: Place,
@@ -91,9 +113,10 @@ async def on_each(
     here: Callable[[], Awaitable[None]] | None = None,
     hosts: Sequence[Host] = (),
 ) -> list[M]:
-    """Have these hosts, or all that have VMs, do something that can be done again.
+    """Have these hosts, or all that are described, do something that can be done again.
 
-    That one has nothing to do is a fault only if all have.
+    VMs may be elsewhere than is known here. That one has nothing to do is a fault only if all have; a host that is
+    known to have no VMs need not answer.
     """
     whole = spread_of(vne, place)
     if whole is None:
@@ -110,8 +133,12 @@ async def on_each(
             raise
         except StateError as error:
             idle.append(error)
+        except ConnectionLostError as error:
+            if hosts or host in hosts_in_use(whole):
+                raise
+            log.warning("%s", error)
 
-    await run_each([partial(do, host) for host in hosts or hosts_in_use(whole)])
+    await run_each([partial(do, host) for host in hosts or whole.hosts])
     if not done:
         raise idle[0]
     return done

@@ -17,10 +17,10 @@ from types import MappingProxyType
 import trio
 from attrs import evolve
 
-from qsnap.errors import ConnectionLostError, QsnapError, StateError
-from qsnap.fleet.asking import ask_all, ask_one, ask_parts, gather, on_each, refuse_saved
+from qsnap.errors import ConnectionLostError, NotUpError, QsnapError, StateError
+from qsnap.fleet.asking import ask_all, ask_one, ask_parts, gather, on_each, refuse_elsewhere, refuse_saved
 from qsnap.fleet.coordinator import carry_out
-from qsnap.fleet.spread import remember, spread_of, spreads
+from qsnap.fleet.spread import known_before, remembered, spread_of, spreads
 from qsnap.host import attaching, catalogue, converting, lifecycle, recovery
 from qsnap.host.interrupts import interruptible
 from qsnap.host.place import Place, Progress, no_progress
@@ -70,8 +70,9 @@ async def up(vne: VNE, *, place: Place | None = None, progress: Progress = no_pr
     """
     check_vne(vne)
     place = place or Place()
-    remember(vne, place)
-    statuses = await carry_out(UpOrder(vne), spread_of(vne.name, place), place, progress)
+    await refuse_elsewhere(vne, known_before(vne, place), place)
+    with remembered(vne, place):
+        statuses = await carry_out(UpOrder(vne), spread_of(vne.name, place), place, progress)
     if len(statuses) < len(hosts_in_use(vne)):  # it is up, and the answer of a host was lost
         return await status(vne.name, place=place)
     return in_order(vne, whole_status(statuses))
@@ -153,9 +154,10 @@ async def restore(
 
 
 async def status(vne: str, *, place: Place | None = None) -> VNEStatus:
-    """The state of one VNE and its VMs. Raises StateError if it is not up; of several hosts, if it is up on none.
+    """The state of one VNE and its VMs. Raises NotUpError if it is not up; of several hosts, if it is up on none.
 
-    VMs of a host that does not answer are `unreachable`.
+    VMs of a host that does not answer are `unreachable`. Where no host has it up and one does not answer, raises what
+    became of that one.
     """
     place = place or Place()
     whole = spread_of(vne, place)
@@ -170,10 +172,12 @@ async def status(vne: str, *, place: Place | None = None) -> VNEStatus:
         except QsnapError as error:
             failures[host.name] = error
 
-    await run_all([partial(look, host) for host in hosts_in_use(whole)])
+    await run_all([partial(look, host) for host in whole.hosts])
+    used = {host.name: failures[host.name] for host in hosts_in_use(whole) if host.name in failures}
     if not parts:
-        raise next(iter(failures.values()))
-    return with_missing(whole, parts, {host: str(error) for host, error in failures.items()})
+        unknown = [error for error in used.values() if not isinstance(error, NotUpError)]
+        raise [*unknown, *used.values()][0]
+    return with_missing(whole, parts, used)
 
 
 async def statuses(*, place: Place | None = None) -> tuple[VNEStatus, ...]:
@@ -184,9 +188,9 @@ async def statuses(*, place: Place | None = None) -> tuple[VNEStatus, ...]:
     for vne in sorted(elsewhere):
         try:
             here.append(await status(vne, place=place))
-        except StateError:
-            continue  # it is not up
-        except QsnapError as error:  # none of its hosts can say whether it is
+        except NotUpError:
+            continue
+        except QsnapError as error:  # nobody can say whether it is
             here.append(VNEStatus(vne, "", Colour.RED, "", (), (str(error),)))
     return tuple(here)
 
@@ -214,7 +218,10 @@ async def snapshots(vne: str | None = None, *, place: Place | None = None) -> tu
         elsewhere = spreads(place)
         found = [each for each in found if each.vne.name not in {vne.name for vne in elsewhere}]
         for each in elsewhere:
-            found += await snapshots(each.name, place=place)
+            try:
+                found += await snapshots(each.name, place=place)
+            except QsnapError as error:  # those of the others can be told
+                log.warning("VNE %s: %s", each.name, error)
     return tuple(sorted(found, key=lambda each: (each.vne.name, each.created_s)))
 
 
@@ -281,9 +288,11 @@ async def attach(vne: VNE, *, place: Place | None = None) -> AttachReport:
     """
     check_vne(vne)
     place = place or Place()
-    remember(vne, place)
-    if not vne.hosts:
-        return await attaching.attach(vne, place=place)
+    with remembered(vne, place):
+        return await (_attach_each(vne, place) if vne.hosts else attaching.attach(vne, place=place))
+
+
+async def _attach_each(vne: VNE, place: Place) -> AttachReport:
     reports: list[AttachReport] = []
     for host in hosts_in_use(vne):  # one after the other: if one refuses, the others are let go again
         try:
@@ -330,6 +339,9 @@ async def hosts(vne: str, *, qemu: str = "qemu-system-x86_64", place: Place | No
     whole = spread_of(vne, place)
     if whole is None:
         raise StateError(f"VNE {vne} is not spread over hosts", advice="See `qsnap host` for what this one can do.")
+    from qsnap.fleet.identity import load_identity  # as in `ask_one`
+
+    load_identity(place.identity)  # one that is missing is no fault of the hosts
     found: dict[str, HostReport] = {}
 
     async def look(host: Host) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cattrs.preconf.json import make_converter
 
-from qsnap.errors import HostError
+from qsnap.errors import HostError, InDoubtError
 from qsnap.host.place import Place
 from qsnap.host.store.files import make_directories, write_durably
 from qsnap.model import VNE
@@ -24,6 +26,34 @@ def remember(vne: VNE, place: Place) -> None:
         write_durably(path, _converter.dumps(vne, indent=1).encode())
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def remembered(vne: VNE, place: Place) -> Iterator[None]:
+    """The same for the block, and from then on if it ends well; else what was known before is.
+
+    Where nobody knows how it has ended, the hosts may still be asked.
+    """
+    path = _path(vne.name, place)
+    before = path.read_bytes() if path.exists() else None
+    remember(vne, place)
+    try:
+        yield
+    except InDoubtError:
+        raise
+    except BaseException:
+        if before is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_durably(path, before)
+        raise
+
+
+def known_before(vne: VNE, place: Place) -> VNE | None:
+    """What is remembered of a VNE of this name, if it can be read."""
+    with suppress(HostError):
+        return spread_of(vne.name, place)
+    return None
 
 
 def spread_of(vne: str, place: Place) -> VNE | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from attrs import frozen
 from cattrs.preconf.json import make_converter
 
-from qsnap.errors import BusyError, HostError, StateError
+from qsnap.errors import BusyError, HostError, NotUpError, StateError
 from qsnap.host.disks import LiveDisk
 from qsnap.host.hugepages import HugePages
 from qsnap.host.journal import Journal
@@ -152,13 +152,13 @@ class Runtime:
         return sorted(path.parent.name for path in self.root.glob("*/vne.json"))
 
     def load(self, vne: str) -> LiveVNE:
-        """The state of a VNE. Raises StateError if it was not brought up, HostError if the file is damaged."""
+        """The state of a VNE. Raises NotUpError if it was not brought up, HostError if the file is damaged."""
         path = self.directory(vne) / "vne.json"
         try:
             content = path.read_bytes()
         except FileNotFoundError as error:
             up = ", ".join(self.names()) or "none"
-            raise StateError(f"VNE {vne} is not up", advice=f"Up are: {up}. See `qsnap ps`.") from error
+            raise NotUpError(f"VNE {vne} is not up", advice=f"Up are: {up}. See `qsnap ps`.") from error
         except OSError as error:
             raise HostError(error.strerror or str(error), where=str(path), advice="Run qsnap as root.") from error
         try:

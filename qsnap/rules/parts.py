@@ -7,16 +7,30 @@ from itertools import groupby
 
 from attrs import evolve
 
-from qsnap.errors import IntegrityError
+from qsnap.errors import IntegrityError, NotUpError, QsnapError
 from qsnap.model import VM, VNE, AttachReport, Host, RestoreReport, Snapshot, VMSnapshot, VMStatus, VNEStatus
 
 UNREACHABLE = "unreachable"  #: the state of a VM whose host does not answer
+NOT_UP = "not up"  #: the state of a VM whose host says that it does not run there
 
 
 def hosts_in_use(vne: VNE) -> tuple[Host, ...]:
     """The hosts that have VMs of it or keep their state, in the order of the description. The first is the decider."""
     used = {host for vm in vne.vms for host in (vm.host, vm.keeper)}
     return tuple(host for host in vne.hosts if host.name in used)
+
+
+def where_known(described: VNE, known: VNE) -> VNE:
+    """A VNE as it is described, with its VMs on the hosts where they are known to be, as far as these are described."""
+    homes = {vm.name: vm for vm in known.vms}
+    hosts = {host.name for host in described.hosts}
+    at_home = [
+        evolve(vm, host=home.host, saved_on=home.saved_on)
+        if (home := homes.get(vm.name)) and {home.host, home.keeper or home.host} <= hosts
+        else vm
+        for vm in described.vms
+    ]
+    return evolve(described, vms=tuple(at_home))
 
 
 def whole_status(parts: Sequence[VNEStatus]) -> VNEStatus:
@@ -28,12 +42,17 @@ def whole_status(parts: Sequence[VNEStatus]) -> VNEStatus:
     return evolve(parts[0], netns="", store="", vms=vms, notes=notes)
 
 
-def with_missing(whole: VNE, parts: Mapping[str, VNEStatus], missing: Mapping[str, str]) -> VNEStatus:
-    """The state of a VNE, some hosts of which could not say what theirs is, and why."""
-    vms = {vm.name: vm for part in parts.values() for vm in part.vms}
-    vms |= {vm.name: _unreachable(vm) for vm in whole.vms if vm.host in missing}
+def with_missing(whole: VNE, parts: Mapping[str, VNEStatus], missing: Mapping[str, QsnapError]) -> VNEStatus:
+    """The state of a VNE, some hosts of which have not said what theirs is, and why."""
+    vms = {
+        vm.name: _absent(vm, NOT_UP if isinstance(missing[vm.host], NotUpError) else UNREACHABLE)
+        for vm in whole.vms
+        if vm.host in missing
+    }
+    vms |= {vm.name: vm for part in parts.values() for vm in part.vms}
     found = whole_status(list(parts.values()))
-    return in_order(whole, evolve(found, vms=tuple(vms.values()), notes=(*found.notes, *missing.values())))
+    notes = (*found.notes, *(str(error) for error in missing.values() if not isinstance(error, NotUpError)))
+    return in_order(whole, evolve(found, vms=tuple(vms.values()), notes=notes))
 
 
 def in_order(whole: VNE, status: VNEStatus) -> VNEStatus:
@@ -42,8 +61,8 @@ def in_order(whole: VNE, status: VNEStatus) -> VNEStatus:
     return evolve(status, vms=tuple(sorted(status.vms, key=lambda vm: order.get(vm.name, len(order)))))
 
 
-def _unreachable(vm: VM) -> VMStatus:
-    return VMStatus(vm.name, UNREACHABLE, 0, vm.accelerator, (0, 0, 0), vm.machine, vm.ram_bytes, False, vm.host)
+def _absent(vm: VM, state: str) -> VMStatus:
+    return VMStatus(vm.name, state, 0, vm.accelerator, (0, 0, 0), vm.machine, vm.ram_bytes, False, vm.host)
 
 
 def whole_snapshot(parts: Sequence[Snapshot]) -> Snapshot:

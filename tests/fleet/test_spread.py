@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
 import qsnap
-from qsnap.fleet.spread import remember, spread_of, spreads
+from qsnap.fleet.spread import remember, remembered, spread_of, spreads
 from qsnap.model import VM, VNE, Host
 
 VNE_ON_TWO = VNE(
@@ -34,6 +35,21 @@ def test_one_without_hosts_is_forgotten(place: qsnap.Place) -> None:
     remember(VNE_ON_TWO, place)
     remember(VNE("lab", (VM("x", 1),)), place)
     assert spread_of("lab", place) is None
+
+
+def test_what_was_known_is_known_again_after_a_failure(place: qsnap.Place) -> None:
+    other = evolve(VNE_ON_TWO, vms=VNE_ON_TWO.vms[:1])
+    with pytest.raises(KeyError), remembered(VNE_ON_TWO, place):
+        raise KeyError
+    assert spread_of("lab", place) is None
+    with remembered(VNE_ON_TWO, place):
+        assert spread_of("lab", place) == VNE_ON_TWO
+    with pytest.raises(KeyError), remembered(other, place):
+        raise KeyError
+    assert spread_of("lab", place) == VNE_ON_TWO
+    with pytest.raises(qsnap.InDoubtError), remembered(other, place):
+        raise qsnap.InDoubtError("nobody knows")
+    assert spread_of("lab", place) == other
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"name": 3}', "[" * 100_000])

@@ -43,6 +43,40 @@ def home(vne: qsnap.VNE, name: str) -> str:
     return next(vm.host for vm in vne.vms if vm.name == name)
 
 
+DESCRIPTION = """
+name = "lab"
+network.lan = {{}}
+vm.vm1 = {{ memory = {vm.memory_bytes}, kernel = "{vm.kernel}", qemu = "{vm.qemu}", network = "lan", host = "beta" }}
+[hosts]
+"""
+
+
+async def test_a_description_that_puts_vms_elsewhere(tmp_path: Path) -> None:
+    """Where VMs run is not forgotten for the sake of one; a restore is what moves them."""
+    async with running_fleet(OLD) as fleet:
+        vne = placed(fleet, make_vne("lab", vms=1), {"vm1": "alpha"})
+        moved = placed(fleet, vne, {"vm1": "beta"})
+        hosts = [f'{host.name} = {{ address = "{host.address}:{host.port}" }}' for host in fleet.table]
+        path = tmp_path / "moved.toml"
+        path.write_text(DESCRIPTION.format(vm=vne.vms[0]) + "\n".join(hosts))
+        await fleet.call(qsnap.up, vne)
+        await fleet.call(qsnap.snapshot, "lab", "one")
+        with pytest.raises(qsnap.StateError, match="host alpha: VNE lab is up there already"):
+            await fleet.call(qsnap.up, moved)
+        with pytest.raises(CommandError, match="is running"):
+            await fleet.run("restore", str(path), "one")
+        for name in ("lab", str(path)):
+            (vm,) = (await fleet.run("ps", name))["vms"]
+            assert (vm["state"], vm["host"]) == ("running", "alpha")
+        await fleet.run("snapshot", str(path), "two")
+        await fleet.run("down", "lab")
+        await fleet.run("restore", str(path), "one")
+        (vm,) = (await fleet.run("ps", "lab"))["vms"]
+        assert (vm["state"], vm["host"]) == ("running", "beta")
+        await fleet.run("down", "lab")
+        assert await fleet.run("ps") == []
+
+
 @pytest.mark.parametrize("new", [NEW, NEW[:1]], ids=len)
 async def test_guests_go_on_where_they_never_were(new: Sequence[str], tmp_path: Path) -> None:
     names = [*OLD, *new]

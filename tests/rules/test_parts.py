@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 from attrs import evolve
 
-from qsnap.errors import IntegrityError
+from qsnap.errors import ConnectionLostError, IntegrityError, NotUpError
 from qsnap.model import VM, VNE, Accelerator, Colour, Host, Snapshot, VMStatus, VNEStatus
 from qsnap.rules.parts import (
+    NOT_UP,
     UNREACHABLE,
     hosts_in_use,
     in_order,
+    where_known,
     whole_snapshot,
     whole_snapshots,
     whole_status,
@@ -120,6 +122,29 @@ def test_vms_are_in_the_order_of_the_description() -> None:
 
 def test_vms_of_a_host_that_does_not_answer() -> None:
     vne = VNE("lab", (VM("x", 1, host="b"), VM("y", 1, host="c")), hosts=HOSTS)
-    found = with_missing(vne, {"b": status("b", "x")}, {"c": "host c: nothing listens"})
+    found = with_missing(vne, {"b": status("b", "x")}, {"c": ConnectionLostError("nothing listens", where="host c")})
     assert {vm.name: (vm.state, vm.host) for vm in found.vms} == {"x": ("running", "b"), "y": (UNREACHABLE, "c")}
     assert found.notes == ("host c: nothing listens",)
+
+
+def test_vms_of_a_host_that_has_none() -> None:
+    """They are not up there; or they are elsewhere than was thought."""
+    vne = VNE("lab", (VM("x", 1, host="b"), VM("y", 1, host="c")), hosts=HOSTS)
+    missing = {"c": NotUpError("VNE lab is not up", where="host c")}
+    found = with_missing(vne, {"b": status("b", "x")}, missing)
+    assert {vm.name: (vm.state, vm.host) for vm in found.vms} == {"x": ("running", "b"), "y": (NOT_UP, "c")}
+    assert found.notes == ()
+    found = with_missing(vne, {"a": status("a", "y"), "b": status("b", "x")}, missing)
+    assert {vm.name: (vm.state, vm.host) for vm in found.vms} == {"x": ("running", "b"), "y": ("running", "a")}
+
+
+def test_vms_are_where_they_are_known_to_be() -> None:
+    described = VNE("lab", tuple(VM(name, 1, host="b") for name in ("x", "y", "z", "new")), hosts=HOSTS)
+    known = (VM("x", 1, host="c", saved_on="a"), VM("y", 1, host="gone"), VM("z", 1, host="a"))
+    at_home = where_known(described, evolve(described, vms=known))
+    assert [(vm.name, vm.host, vm.saved_on) for vm in at_home.vms] == [
+        ("x", "c", "a"),
+        ("y", "b", ""),  # that host is described no more
+        ("z", "a", ""),
+        ("new", "b", ""),
+    ]
