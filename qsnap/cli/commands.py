@@ -303,9 +303,8 @@ def convert(settings: Settings, vne: str, name: str) -> Answer:
 @click.pass_obj
 def rm(settings: Settings, vne: str, names: tuple[str, ...]) -> Answer:
     """Remove snapshots, and the files that nothing else needs."""
-    for name in names:  # an unknown name is refused before anything is removed; a damaged snapshot is a known one
-        with suppress(qsnap.IntegrityError):
-            call(settings, qsnap.show, vne, name)
+    for name in names:  # an unknown name is refused before anything is removed
+        _refuse_unknown(settings, vne, name)
     removed = {}
     try:
         for name in dict.fromkeys(names):
@@ -315,6 +314,16 @@ def rm(settings: Settings, vne: str, names: tuple[str, ...]) -> Answer:
         error.add_note(f"Removed: {', '.join(gone) or 'none'}.")
         raise
     return Answer(removed, tables.removed_text(vne, removed))
+
+
+def _refuse_unknown(settings: Settings, vne: str, name: str) -> None:
+    """A damaged snapshot is a known one, and so is one of which a host has lost or removed its part."""
+    with suppress(qsnap.IntegrityError):
+        try:
+            call(settings, qsnap.show, vne, name)
+        except qsnap.StateError:
+            if name not in [each.name for each in call(settings, qsnap.snapshots, vne)]:
+                raise
 
 
 @cli.command(example="qsnap down lab")

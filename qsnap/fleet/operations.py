@@ -10,14 +10,22 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from types import MappingProxyType
 
 import trio
 from attrs import evolve
 
-from qsnap.errors import ConnectionLostError, NotUpError, QsnapError, StateError
+from qsnap.errors import (
+    BusyError,
+    ConnectionLostError,
+    HostError,
+    IntegrityError,
+    NotUpError,
+    QsnapError,
+    StateError,
+)
 from qsnap.fleet.asking import ask_all, ask_one, ask_parts, gather, on_each, refuse_elsewhere, refuse_saved
 from qsnap.fleet.coordinator import carry_out
 from qsnap.fleet.spread import known_before, remembered, spread_of, spreads
@@ -204,7 +212,15 @@ async def down(vne: str, *, place: Place | None = None) -> None:
     the file knew stay.
     """
     place = place or Place()
+    refuse_live_part(vne, place)
     await on_each(vne, place, m.TakeDown(vne), m.Done, partial(lifecycle.down, vne, place=place))
+
+
+def refuse_live_part(vne: str, place: Place) -> None:
+    """Raise StateError if a VNE is spread over hosts that nobody has told of here."""
+    with suppress(NotUpError, HostError):  # where its state is damaged, what is here can be taken down
+        if spread_of(vne, place) is None:
+            recovery.refuse_part(place.runtime().load(vne).vne, "")
 
 
 async def snapshots(vne: str | None = None, *, place: Place | None = None) -> tuple[Snapshot, ...]:
@@ -249,8 +265,14 @@ async def remove(vne: str, name: str, *, place: Place | None = None) -> tuple[st
     place = place or Place()
     whole = spread_of(vne, place)
     if whole is None:
+        with suppress(IntegrityError):  # what is damaged can be removed
+            recovery.refuse_part((await catalogue.show(vne, name, place=place)).vne, "")
         return await catalogue.remove(vne, name, place=place)
-    replies = await on_each(vne, place, m.Remove(vne, name), m.Names, hosts=whole.hosts)
+    try:
+        replies = await on_each(vne, place, m.Remove(vne, name), m.Names, hosts=whole.hosts)
+    except (BusyError, ConnectionLostError) as error:
+        error.add_note(f"Other hosts have removed their parts of {name}. Give the command again for the rest.")
+        raise
     return tuple(path for reply in replies for path in reply.names)
 
 

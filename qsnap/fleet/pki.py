@@ -89,7 +89,7 @@ def issue(
         if path.exists():
             raise StateError("the file exists", where=str(path), advice="Remove it, or name another: -o FILE")
         key = ec.generate_private_key(ec.SECP256R1())
-        expires = min(now_utc() + timedelta(days=days), authority.certificate.not_valid_after_utc)
+        expires = min(now_utc() + timedelta(days=min(days, AUTHORITY_DAYS)), authority.certificate.not_valid_after_utc)
         certificate = _signed_certificate(authority, key, name, vnes, expires)
         entry = Issued(name, f"{certificate.serial_number:x}", vnes, expires.isoformat())
         _write_issued(directory, (*issued(directory), entry))

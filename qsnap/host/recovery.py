@@ -153,7 +153,8 @@ def refuse_part(vne: VNE, operation: str) -> None:
     if vne.here and not operation:
         hosts = ", ".join(host.name for host in vne.hosts)
         advice = "Name its description, which tells the hosts: LAB.toml in place of the VNE's name."
-        raise StateError(f"this host has a part of it only; it is on {hosts}", where=f"VNE {vne.name}", advice=advice)
+        message = f"this host has a part of it only{'; it is on ' if hosts else ''}{hosts}"
+        raise StateError(message, where=f"VNE {vne.name}", advice=advice)
 
 
 def has_started(vne: str, runtime: Runtime, operation: str) -> bool:

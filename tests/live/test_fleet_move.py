@@ -12,6 +12,7 @@ from attrs import evolve, frozen
 
 import qsnap
 from qsnap.fleet.spread import remember
+from qsnap.host import catalogue
 from qsnap.host.netns import entered
 from testbed.fleet import CommandError, Fleet, FleetHost
 from testbed.hosts import NamespaceHost
@@ -69,12 +70,21 @@ async def test_a_description_that_puts_vms_elsewhere(tmp_path: Path) -> None:
             (vm,) = (await fleet.run("ps", name))["vms"]
             assert (vm["state"], vm["host"]) == ("running", "alpha")
         await fleet.run("snapshot", str(path), "two")
+        for call in (
+            qsnap.down("lab", place=fleet.place("alpha")),
+            qsnap.remove("lab", "one", place=fleet.place("alpha")),
+        ):
+            with pytest.raises(qsnap.StateError, match="a part of it only"):  # nobody there knows the others
+                await call
         await fleet.run("down", "lab")
         await fleet.run("restore", str(path), "one")
         (vm,) = (await fleet.run("ps", "lab"))["vms"]
         assert (vm["state"], vm["host"]) == ("running", "beta")
         await fleet.run("down", "lab")
         assert await fleet.run("ps") == []
+        await catalogue.remove("lab", "one", place=fleet.place("alpha"))  # as a removal that was cut off
+        await fleet.run("rm", "lab", "one", "two")
+        assert await fleet.run("ls", "lab") == []
 
 
 @pytest.mark.parametrize("new", [NEW, NEW[:1]], ids=len)
