@@ -476,6 +476,11 @@ def test_vms_on_several_hosts() -> None:
     assert ([vm.name for vm in part.vms], part.here, part.hosts) == (["bob"], "beta", vne.hosts)
 
 
+def test_an_address_of_ipv6_alone() -> None:
+    vne = parse(SPREAD.replace("[fd00::3]:7001", "fd00::3"))
+    assert vne.hosts[2] == Host("gamma", "fd00::3", 7907, "10.0.0.3")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "key", "message"),
     [

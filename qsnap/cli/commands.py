@@ -95,10 +95,9 @@ def up(settings: Settings, lab: str) -> Answer:
     """
     vne = qsnap.load_description(lab)
     status = call_with_bars(settings, qsnap.up, vne)
-    hints = [
-        ("Its console", settings.command_line("console", vne.name, vne.vms[0].name)),
-        ("Save it", settings.command_line("snapshot", vne.name)),
-    ]
+    console = ("Its console", settings.command_line("console", vne.name, vne.vms[0].name))
+    save = ("Save it", settings.command_line("snapshot", vne.name))
+    hints = (save,) if vne.hosts else (console, save)  # consoles are not passed on from other hosts
     return Answer(status, tables.with_next(tables.statuses_text([status]), *hints))
 
 

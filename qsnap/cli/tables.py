@@ -43,8 +43,9 @@ def attached_text(report: AttachReport) -> RenderableType:
 
 
 def _status_rows(vne: VNEStatus) -> list[tuple[Cell, ...]]:
-    if not vne.vms:  # another qsnap is starting them, or was killed while it did
-        return [(vne.name, NOTHING, "no VM yet", NOTHING, NOTHING, NOTHING, NOTHING, vne.netns)]
+    if not vne.vms:  # another qsnap is starting them, or was killed while it did; or none of its hosts can be asked
+        state = "not known" if vne.notes else "no VM yet"
+        return [(vne.name, NOTHING, state, NOTHING, NOTHING, NOTHING, NOTHING, vne.netns)]
     return [_status_row(vne, vm) for vm in vne.vms]
 
 

@@ -194,8 +194,10 @@ def _host(source: Source, key: Key, value: object) -> Host:
 
 
 def _address(source: Source, key: Key, value: object) -> tuple[str, int]:
-    """HOST, HOST:PORT, or [IPv6]:PORT."""
+    """HOST, HOST:PORT, [IPv6]:PORT, or IPv6 alone."""
     text = string(source, key, value)
+    if _is_ip(text):
+        return text, AGENT_PORT
     found = _HOST_PORT.fullmatch(text)
     if not found or not 0 < (port := int(found["port"] or AGENT_PORT)) < 65536:
         raise source.error(key, f"{text!r} is no address", f'For example "10.0.0.1" or "alpha.example:{AGENT_PORT}"')

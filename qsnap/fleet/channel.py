@@ -333,9 +333,16 @@ async def _dial(host: Host) -> trio.SocketStream:
             message = f"nothing listens at {host.address}:{host.port}"
             advice = f"Start its agent, on {host.name}: qsnap agent --identity {host.name}.pem"
         else:
-            message = f"cannot connect to {host.address}:{host.port}: {error.strerror or error}"
+            message = f"cannot connect to {host.address}:{host.port}: {_reason(error)}"
             advice = "Is the address in [hosts] right, and the network up?"
         raise ConnectionLostError(message, where=where, advice=advice) from error
+
+
+def _reason(error: OSError) -> str:
+    """Why none of the attempts has gone well, of which trio's error has a group."""
+    cause = error.__cause__
+    attempts = cause.exceptions if isinstance(cause, BaseExceptionGroup) else (cause or error,)
+    return ", ".join(dict.fromkeys(getattr(each, "strerror", "") or str(each) for each in attempts))
 
 
 def _refused(error: BaseException | None) -> bool:

@@ -382,7 +382,9 @@ def console_path(vne: str, vm: str, *, place: Place | None = None) -> str:
     place = place or Place()
     whole = spread_of(vne, place)
     host = next((each.host for each in whole.vms if each.name == vm), "") if whole is not None else ""
-    if host and vne not in place.runtime().names():
+    runtime = place.runtime()
+    here = [each.vm.name for each in runtime.load(vne).vms] if vne in runtime.names() else []
+    if host and vm not in here:
         raise StateError(f"VM {vm} is on host {host}, and consoles are not passed on", advice="Use it there.")
     return lifecycle.console_path(vne, vm, place=place)
 
