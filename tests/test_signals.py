@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 
@@ -34,6 +36,25 @@ def test_without_one_the_answer_is_returned() -> None:
         return 5
 
     assert run_until_signal(work) == 5
+
+
+STARTING = """
+import signal, sys
+from qsnap.cli import main
+
+class Slow:
+    def find_spec(name, *rest):
+        if name == "qsnap.cli.run":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Slow)
+sys.exit(main(["ps"]))
+"""
+
+
+def test_while_the_program_is_still_being_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", STARTING], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "qsnap: interrupted\n")
 
 
 @pytest.mark.parametrize("number", ENDING)

@@ -13,8 +13,8 @@ from qsnap.cli.output import print_error
 from qsnap.cli.signals import interrupt_on_signals
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run qsnap with these arguments, or those of the process, and return its exit code."""
+def run(arguments: Sequence[str] | None) -> int:
+    """See `qsnap.cli.main`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     interrupt_on_signals()
     try:
