@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from pathlib import Path
 
 import pytest
 from attrs import asdict, evolve
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from qsnap.config import files_of, missing_file_error, parse_description
 from qsnap.config.key_lines import KeyLines, dotted, parse_dotted
 from qsnap.errors import ConfigError
+from qsnap.host.descriptions import load_description
 from qsnap.model import VM, VNE, Accelerator, Backing, Disk, Host, Network, Nic
 from tests.samples import vnes
 
@@ -539,3 +541,11 @@ def test_a_host_without_a_table_of_hosts() -> None:
     )
     assert error.key == "defaults.host"
     assert "there is no table [hosts]" in str(error)
+
+
+def test_a_directory_where_a_file_is_needed(tmp_path: Path) -> None:
+    path = tmp_path / "lab.toml"
+    path.write_text(one_vm('memory = "1G"', 'kernel = "."'))
+    with pytest.raises(ConfigError, match="a directory, where a file is needed") as caught:
+        load_description(path)
+    assert caught.value.key == "vm.alice.kernel"

@@ -146,8 +146,8 @@ def files_of(vne: VNE) -> tuple[tuple[str, str], ...]:
     return tuple((key, file) for key, file in found if file)
 
 
-def missing_file_error(text: str, file: str, key: str, path: str) -> ConfigError:
-    """The error for a (key, path) of `files_of` that does not exist; `text` and `file` are the description's.
+def missing_file_error(text: str, file: str, key: str, path: str, fault: str = "no such file") -> ConfigError:
+    """The error for a (key, path) of `files_of` that has a fault; `text` and `file` are the description's.
 
     A value that a VM took from `[defaults]` is reported there.
     """
@@ -157,7 +157,7 @@ def missing_file_error(text: str, file: str, key: str, path: str) -> ConfigError
         place = ("defaults", *place[2:])
     advice = "Relative paths start at the description's own directory."
     line = lines.line_of(place)
-    return ConfigError(f"no such file: {path}", file=file, line=line, key=dotted(place), advice=advice)
+    return ConfigError(f"{fault}: {path}", file=file, line=line, key=dotted(place), advice=advice)
 
 
 def _named_tables(source: Source, top: dict[str, object], kind: str) -> list[tuple[Key, object]]:

@@ -38,7 +38,8 @@ from qsnap.wire.messages import (
 HEARTBEAT_S = 1.0
 LOST_S = 5.0
 HANDSHAKE_S = 5.0
-CONNECTIONS = 64  #: that a server has at once
+CONNECTIONS = 64  #: with hosts that a server has at once
+STRANGERS = 64  #: connections that have not shown yet who they are; the oldest makes room for one more
 QUEUE_FRAMES = 4  #: that have come and nobody has asked for; then the other side has to wait
 
 Handler = Callable[["Connection"], Awaitable[None]]
@@ -232,26 +233,42 @@ class _Server:
     path: Path
     handler: Handler
     identity: Identity
-    connections: int = field(default=0)
+    strangers: dict[trio.CancelScope, str] = field(factory=dict)  #: their addresses, the oldest first
+    known: set[trio.CancelScope] = field(factory=set)
 
     async def take(self, transport: trio.SocketStream) -> None:
         """Deal with one connection. Whatever goes wrong with it is logged."""
         address = _address_of(transport)
-        if self.connections == CONNECTIONS:
-            log.warning("%s: refused: there are %d connections", address, CONNECTIONS)
+        with trio.CancelScope() as scope:
+            self._make_room()
+            self.strangers[scope] = address
+            try:
+                await self._talk(transport, address, scope)
+            except QsnapError as error:
+                log.warning("%s: %s", address, _one_line(error))
+            except Exception:
+                log.exception("%s: a connection failed", address)
+            finally:
+                self.strangers.pop(scope, None)
+                self.known.discard(scope)
+        if scope.cancelled_caught:
             await trio.aclose_forcefully(transport)
-            return
-        self.connections += 1
-        try:
-            await self._talk(transport, address)
-        except QsnapError as error:
-            log.warning("%s: %s", address, _one_line(error))
-        except Exception:
-            log.exception("%s: a connection failed", address)
-        finally:
-            self.connections -= 1
 
-    async def _talk(self, transport: trio.SocketStream, address: str) -> None:
+    def _make_room(self) -> None:
+        """Whoever has no certificate must not be able to keep out those who have."""
+        if len(self.strangers) == STRANGERS:
+            oldest = next(iter(self.strangers))
+            log.warning("%s: closed: %d others are waiting for theirs", self.strangers.pop(oldest), STRANGERS)
+            oldest.cancel()
+
+    def _admit(self, scope: trio.CancelScope) -> None:
+        """A stranger is a host that may be here."""
+        if len(self.known) == CONNECTIONS:
+            raise HostError(f"there are {CONNECTIONS} connections", where=f"host {self.identity.name}")
+        self.strangers.pop(scope, None)
+        self.known.add(scope)
+
+    async def _talk(self, transport: trio.SocketStream, address: str, scope: trio.CancelScope) -> None:
         identity = await self._current_identity()
         deadline_s = trio.current_time() + HANDSHAKE_S
         with _deadline(deadline_s):
@@ -260,7 +277,7 @@ class _Server:
             try:
                 async with _running(stream) as connection:
                     with _deadline(deadline_s):
-                        await self._welcome(connection, stream, identity)
+                        await self._welcome(connection, stream, identity, scope)
                     log.info("%s: connected as %s", address, connection.peer.name)
                     await self._handle(connection)
             except QsnapError as error:
@@ -275,11 +292,14 @@ class _Server:
             log.warning("the identity stays as it was: %s", _one_line(error))
         return self.identity
 
-    async def _welcome(self, connection: Connection, stream: TlsStream, identity: Identity) -> None:
+    async def _welcome(
+        self, connection: Connection, stream: TlsStream, identity: Identity, scope: trio.CancelScope
+    ) -> None:
         hello = await connection.receive()
         if not isinstance(hello, Hello):
             raise ProtocolError(f"it begins with {type(hello).__name__}", where=f"host {connection.peer.name}")
         identity = await _agree(connection, stream, identity, hello)
+        self._admit(scope)
         await connection.send(Welcome(VERSION, CAPABILITIES, identity.crl_pem))
 
     async def _handle(self, connection: Connection) -> None:

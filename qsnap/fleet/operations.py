@@ -291,12 +291,19 @@ async def convert(vne: str, name: str, *, place: Place | None = None, progress: 
 async def recover(vne: str | None = None, *, place: Place | None = None) -> tuple[str, ...]:
     """Put right what a killed qsnap has left of one VNE, or of all; the next operation on it would do so too.
 
-    Returns the VNEs that needed it. One that somebody is at work on is left alone.
+    Returns the VNEs that needed it. One that somebody is at work on is left alone; so is, of all, one with hosts that
+    cannot be asked.
     """
     place = place or Place()
     whole = spread_of(vne, place) if vne else None
     if whole is None:
-        return await recovery.recover(vne, place=place)
+        done = set(await recovery.recover(vne, place=place))
+        for each in () if vne else spreads(place):
+            try:
+                done.update(await recover(each.name, place=place))
+            except QsnapError as error:
+                log.warning("VNE %s: %s", each.name, error)
+        return tuple(sorted(done))
     replies = await ask_all(whole, m.Recover(whole.name), m.Names, place)
     return tuple(sorted({name for reply in replies for name in reply.names}))
 

@@ -24,6 +24,10 @@ def load_description(path: str | Path) -> VNE:
         raise ConfigError(f"cannot read it: {reason}", file=name, line=0, key="", advice=advice) from error
     vne = parse_description(text, file=name, base_dir=os.path.dirname(os.path.abspath(path)))
     for key, needed in files_of(vne):
-        if not vne.hosts and not os.path.exists(needed):  # on other hosts, their agents look for it
+        if vne.hosts:
+            continue  # their agents look for it
+        if not os.path.exists(needed):
             raise missing_file_error(text, name, key, needed)
+        if os.path.isdir(needed):
+            raise missing_file_error(text, name, key, needed, "a directory, where a file is needed")
     return vne

@@ -18,7 +18,7 @@ from attrs import evolve
 from trio.testing import MemoryReceiveStream, MemorySendStream, MockClock, memory_stream_pair
 
 from qsnap.errors import ConnectionLostError, HostError, IdentityError, IntegrityError, ProtocolError, QsnapError
-from qsnap.fleet.channel import CONNECTIONS, HEARTBEAT_S, LOST_S, Connection, Handler, connect, serve
+from qsnap.fleet.channel import CONNECTIONS, HEARTBEAT_S, LOST_S, STRANGERS, Connection, Handler, connect, serve
 from qsnap.fleet.identity import Identity, Peer, load_identity, read_identity
 from qsnap.fleet.pki import init_ca, issue, revoke
 from qsnap.fleet.tls import secure
@@ -470,7 +470,7 @@ async def test_as_many_connections_as_there_may_be(ca: Path, alpha: Identity) ->
     async with serving(ca / "beta.pem") as beta:
         async with AsyncExitStack() as stack:
             many = [await stack.enter_async_context(connect(beta, alpha, timeout_s=30)) for _ in range(CONNECTIONS)]
-            with pytest.raises(ConnectionLostError, match=r"host beta: (it has closed the connection|.*reset by peer)"):
+            with pytest.raises(HostError, match=f"host beta: there are {CONNECTIONS} connections"):
                 await works(beta, alpha)
             for connection in many:
                 assert await connection.ask(PROBE) == REPLY
@@ -482,9 +482,18 @@ async def test_as_many_connections_as_there_may_be(ca: Path, alpha: Identity) ->
 async def admits(host: Host, identity: Identity) -> bool:
     try:
         await works(host, identity)
-    except ConnectionLostError:
+    except HostError:
         return False
     return True
+
+
+async def test_strangers_keep_no_host_out(ca: Path, alpha: Identity, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(ca / "beta.pem") as beta, connect(beta, alpha) as before, AsyncExitStack() as stack:
+        for _ in range(STRANGERS):
+            await stack.enter_async_context(await trio.open_tcp_stream(beta.address, beta.port))
+        await works(beta, alpha)
+        assert "others are waiting for theirs" in caplog.text
+        assert await before.ask(PROBE) == REPLY
 
 
 async def test_an_identity_that_is_damaged_meanwhile(

@@ -68,10 +68,14 @@ def test_names_do_not_lead_out(place: qsnap.Place) -> None:
         spread_of("../lab", place)
 
 
-async def test_a_vne_whose_hosts_do_not_answer_hides_no_other(place: qsnap.Place) -> None:
+async def test_a_vne_whose_hosts_do_not_answer_hides_no_other(
+    place: qsnap.Place, caplog: pytest.LogCaptureFixture
+) -> None:
     qsnap_identity = place.identity
     assert not qsnap_identity.exists()
     remember(VNE_ON_TWO, place)
     (found,) = await qsnap.statuses(place=place)
     assert (found.name, found.vms) == ("lab", ())
+    assert await qsnap.recover(place=place) == ()
+    assert "VNE lab: " in caplog.text
     assert "identity" in found.notes[0]
