@@ -116,7 +116,8 @@ async def _wait_for_socket(process: Process, path: str, log: str, vm: str) -> No
 
 def did_not_start(words: str, vm: str) -> QemuError:
     """The error for a QEMU that ended at once. Its log goes with all that was made, so what it said is told here."""
-    return QemuError(f"QEMU did not start: {words or 'it ended without a word'}", where=f"VM {vm}")
+    message = f"QEMU did not start: {words or 'it ended without a word'}"
+    return QemuError(message, where=f"VM {vm}", advice="Nothing of this attempt is left. The reason is in QEMU's words.")
 
 
 def last_words(log: Path) -> str:
