@@ -117,7 +117,7 @@ async def _wait_for_socket(process: Process, path: str, log: str, vm: str) -> No
 def did_not_start(words: str, vm: str) -> QemuError:
     """The error for a QEMU that ended at once. Its log goes with all that was made, so what it said is told here."""
     message = f"QEMU did not start: {words or 'it ended without a word'}"
-    return QemuError(message, where=f"VM {vm}", advice="Nothing of this attempt is left. The reason is in QEMU's words.")
+    return QemuError(message, where=f"VM {vm}", advice="Nothing of this attempt is left. QEMU's words tell why.")
 
 
 def last_words(log: Path) -> str:
