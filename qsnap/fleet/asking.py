@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
-from qsnap.errors import BusyError, ConnectionLostError, StateError
+from qsnap.errors import BusyError, ConnectionLostError, NotUpError, QsnapError, StateError
 from qsnap.fleet.spread import spread_of
 from qsnap.host.place import Place, Progress, no_progress
 from qsnap.host.tasks import run_all, run_each
@@ -89,12 +89,11 @@ async def refuse_elsewhere(vne: VNE, known: VNE | None, place: Place) -> None:
     async def look(host: Host) -> None:
         try:
             await ask_one(host, m.GetStatus(vne.name), m.Statuses, place)
-        except StateError:
-            return
-        except ConnectionLostError as error:
+            up.append(host.name)
+        except NotUpError:
+            pass
+        except QsnapError as error:  # it is not needed now, and may be gone for good
             log.warning("%s", error)
-            return
-        up.append(host.name)
 
     up: list[str] = []
     known_hosts = {host.name: host for each in (known, vne) if each is not None for host in each.hosts}
@@ -133,7 +132,7 @@ async def on_each(
             raise
         except StateError as error:
             idle.append(error)
-        except ConnectionLostError as error:
+        except QsnapError as error:
             if hosts or host in hosts_in_use(whole):
                 raise
             log.warning("%s", error)
