@@ -32,6 +32,8 @@ class Answer:
 
 def print_answer(answer: Answer, settings: Settings) -> None:
     """Print an answer on stdout. Raises HostError if that takes it no more, unless it is a pipe that nobody reads."""
+    if sys.stdout is None:
+        return  # it was closed by whoever started this
     try:
         click.echo(_converter.dumps(answer.value, indent=2) if settings.json else render(answer.text))
     except OSError as error:
@@ -45,7 +47,7 @@ def print_answer(answer: Answer, settings: Settings) -> None:
 
 def render(text: RenderableType) -> str:
     """What to print on stdout: coloured on a terminal, and as wide as it comes anywhere else."""
-    terminal = sys.stdout is not None and sys.stdout.isatty()
+    terminal = sys.stdout.isatty()
     width = None if terminal else _UNFOLDED
     console = Console(
         file=io.StringIO(), force_terminal=terminal, width=width, markup=False, emoji=False, highlight=False
