@@ -13,7 +13,7 @@ from attrs import define, field
 from click.core import ParameterSource
 
 from qsnap import Place, load_description
-from qsnap.fleet.spread import known_before, remembered
+from qsnap.fleet.spread import known_before, remember, remembered
 from qsnap.host.place import default_identity, default_run_dir, default_store_dir
 from qsnap.rules.parts import where_known
 
@@ -71,18 +71,20 @@ def _path(option: str, purpose: str, variable: str, default: Path, environment: 
 def vne_named(text: str, place: Place, *, moves: bool = False) -> Iterator[str]:
     """The name of a VNE; a description may stand for it, and tells which hosts it is spread over.
 
-    VMs are taken to be where they are known to be, but where the command `moves` them to where the description says. If
-    the block fails, what was known before is known again.
+    VMs are taken to be where they are known to be, unless the command `moves` them to where the description says. If
+    that fails, what was known before is known again.
     """
     if not text.endswith(".toml"):
         yield text
         return
     vne = load_description(text)
+    if moves:
+        with remembered(vne, place):
+            yield vne.name
+        return
     known = known_before(vne, place)
-    if known is not None and not moves and vne.hosts:
-        vne = where_known(vne, known)
-    with remembered(vne, place):
-        yield vne.name
+    remember(where_known(vne, known) if known is not None and vne.hosts else vne, place)
+    yield vne.name
 
 
 def settings_of(context: click.Context) -> Settings:
