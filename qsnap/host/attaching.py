@@ -25,7 +25,7 @@ from qsnap.host.journal import Kind, Operation
 from qsnap.host.lifecycle import status
 from qsnap.host.owner import read_settings
 from qsnap.host.place import Place
-from qsnap.host.qemu import Process, find_program, process_of
+from qsnap.host.qemu import Process, command_line, find_program, process_of
 from qsnap.host.qmp import QemuGoneError, Qmp, open_qmp
 from qsnap.host.recovery import exclusive
 from qsnap.host.runtime import LiveVM, LiveVNE
@@ -158,8 +158,7 @@ def _read_process(vm: VM) -> Started:
     process = _owner(vm)
     proc = Path(f"/proc/{process.pid}")
     try:
-        words = [os.fsdecode(word) for word in (proc / "cmdline").read_bytes().split(b"\0")[:-1]]
-        program, arguments = strip_loader(words)
+        program, arguments = strip_loader(command_line(process))
         return Started(process, os.readlink(proc / "exe"), program, arguments, os.readlink(proc / "cwd"))
     except OSError as error:
         where = f"VM {vm.name}, process {process.pid}"

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import trio
 from attrs import define, field, frozen
@@ -34,6 +34,8 @@ from qsnap.host.qmp import Command, Qmp, deadline
 from qsnap.host.tasks import one_error, run_all
 from qsnap.model import Engine, Measurements
 
+#: Behind the last of RAM, QEMU waits for it before it takes the device state and gives up the disks.
+HAND_OVER: Command = ("migrate-continue", {"state": "pre-switchover"})
 DOWNTIME_LIMIT_MS = 1  #: a precopy ends when what is left can be sent in this time
 POLL_S = 0.005
 #: While QEMU answers this at some length, its monitor reads the commands behind it, at 4 µs a byte: not in the pause.
@@ -109,8 +111,11 @@ class Capture(ABC):
     def capabilities(self) -> frozenset[str]:
         """The migration capabilities of this engine."""
 
-    async def prepare(self, stream_fd: int) -> None:
-        """Everything slow. `stream_fd` is handed to QEMU and closed here."""
+    async def prepare(self, stream_fd: int, nursery: trio.Nursery) -> None:
+        """Everything slow. `stream_fd` is handed to QEMU and closed here.
+
+        What goes on until the cut does so in `nursery`.
+        """
         try:
             await set_capabilities(self.qmp, self.capabilities)
             await self.qmp.execute("migrate-set-parameters", {"max-bandwidth": 0, "downtime-limit": DOWNTIME_LIMIT_MS})
@@ -119,13 +124,17 @@ class Capture(ABC):
             os.close(stream_fd)
         await self.daemon.wait_ready()
 
-    @abstractmethod
     async def halt(self, nursery: trio.Nursery) -> None:
         """Stop the VM and do no more, ahead of `stop`, unless its engine knows better when.
 
         It has stopped when this returns. What QEMU still does then, such as to flush the disks, is waited for in
         `nursery`, so that other VMs need not wait for it.
         """
+        self._mark_stop()
+        self.halted = True
+        nursery.start_soon(self.qmp.execute, "stop")
+        with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
+            await self._wait_stopped()
 
     async def stop(self) -> None:
         """The VM's cut: stop it, redirect its disks, and make its taps post-snapshot."""
@@ -146,6 +155,10 @@ class Capture(ABC):
     async def _wait_stopped(self) -> None:
         if self.was_running:
             await self.qmp.wait_event(lambda event: event.name == "STOP", since=self.mark)
+
+    async def _move_taps_once_stopped(self) -> None:
+        await self._wait_stopped()
+        self.move_taps()
 
     async def resume(self) -> None:
         """Let the VM run on as soon as the state at the cut is safe. It stays paused if it was found paused."""
@@ -195,10 +208,13 @@ class Capture(ABC):
                 )
                 nursery.cancel_scope.cancel()
         if event.data["status"] != status:
-            with trio.move_on_after(1.0):  # a daemon that died is the cause, and says more than a broken pipe
-                await self.daemon.wait_done()
-            info = await self.qmp.execute("query-migrate")
-            raise self._migration_error(event.data["status"], info)
+            await self._raise_ended(event.data["status"])
+
+    async def _raise_ended(self, status: str) -> NoReturn:
+        with trio.move_on_after(1.0):  # a daemon that died is the cause, and says more than a broken pipe
+            await self.daemon.wait_done()
+        info = await self.qmp.execute("query-migrate")
+        raise self._migration_error(status, info)
 
     async def _watch_daemon(self) -> None:
         """Raise what the daemon fails with; a migration that failed first or a QEMU that died is a better reason."""
@@ -250,14 +266,6 @@ class Background(Capture):
     engine = Engine.BACKGROUND
     capabilities = BACKGROUND_CAPABILITIES
 
-    async def halt(self, nursery: trio.Nursery) -> None:
-        """At once: this engine has nothing to wait for."""
-        self._mark_stop()
-        self.halted = True
-        nursery.start_soon(self.qmp.execute, "stop")
-        with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
-            await self._wait_stopped()
-
     async def stop(self) -> None:
         """Where a paused VM stays paused, QEMU takes the device state while the taps are still being moved."""
         if not self.keeps_paused:
@@ -275,10 +283,6 @@ class Background(Capture):
         ]
         with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
             await run_all(calls)
-
-    async def _move_taps_once_stopped(self) -> None:
-        await self._wait_stopped()
-        self.move_taps()
 
     async def _clone_once_flushed(self) -> None:
         """STOP is sent before the disks are flushed; that the migration begins shows that `stop` has done it."""
@@ -311,6 +315,7 @@ class Precopy(Capture):
     force: bool = False
     bounds: Bounds = field(factory=Bounds)
     forced: bool = False  #: the bounds ended it, not convergence
+    passes: int = 0  #: that it took to converge, if that is not what QEMU says
 
     engine = Engine.PRECOPY
     capabilities = PRECOPY_CAPABILITIES
@@ -352,6 +357,10 @@ class Precopy(Capture):
         return any(event.name == "STOP" for event in self.qmp.events[self.mark :]) or not self.was_running
 
     async def _end_anyway(self) -> None:
+        self._refuse_unless_forced()
+        await self.qmp.execute("stop")
+
+    def _refuse_unless_forced(self) -> None:
         if not self.force:
             raise DivergedError(
                 "memory changes faster than precopy saves it",
@@ -359,23 +368,26 @@ class Precopy(Capture):
                 advice="Take the engine background, or auto.",
             )
         self.forced = True
-        await self.qmp.execute("stop")
 
     def explain(self, reason: str) -> str:
         return f"{reason}; it did not converge within its bounds and was ended" if self.forced else reason
 
     async def _release(self) -> None:
-        await self.qmp.execute("migrate-continue", {"state": "pre-switchover"})
-        await self._wait_migration("completed")
-        await self.qmp.execute_all(*self.disks.commands_after_handover())
+        await self.qmp.execute_all(HAND_OVER)
+        await self._wait_handed_over()
         await cont(self.qmp)
         if not self.was_running:  # only by running does QEMU leave `postmigrate`, from which it cannot migrate again
             await self.qmp.execute("stop")
 
+    async def _wait_handed_over(self) -> None:
+        await self._wait_migration("completed")
+        await self.qmp.execute_all(*self.disks.commands_after_handover())
+
     async def complete(self) -> Captured:
         receipt, info = await self._finish()
         ram = info.get("ram", {"dirty-sync-count": 0, "page-size": 1})
-        return self._captured(receipt, ram["dirty-sync-count"], ram.get("downtime-bytes", 0) // ram["page-size"])
+        passes = self.passes or ram["dirty-sync-count"]
+        return self._captured(receipt, passes, ram.get("downtime-bytes", 0) // ram["page-size"])
 
 
 @define

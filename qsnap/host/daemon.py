@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ import trio
 from attrs import define, field
 
 from qsnap.errors import HostError, QemuError, QsnapError, StreamError
+from qsnap.host.streams import PAUSE, RESUME, open_stream
 
 DISCARD_BYTES = 1 << 20
 GIVE_WAY_S = 0.004  #: for each VM: it waits for `cont`, QEMU's main thread for a processor; the pipe has room meanwhile
@@ -35,6 +36,12 @@ class Receiving(Protocol):
 
     async def wait_done(self) -> dict[str, Any]:
         """What has come, once everything is in files."""
+
+    async def pause_reading(self) -> None:
+        """Let QEMU wait with what it sends."""
+
+    async def resume_reading(self) -> None:
+        """Go on after that."""
 
     async def read_to_end(self) -> None:
         """Take the rest of the stream and throw it away, so that QEMU is none the wiser."""
@@ -75,6 +82,18 @@ class Daemon:
         if self.failure is not None:
             raise self.failure
         return self.result
+
+    async def pause_reading(self) -> None:
+        """Have the process leave the stream alone, so that QEMU has to wait; it goes on if this one dies."""
+        await self._tell(PAUSE)
+
+    async def resume_reading(self) -> None:
+        """Have it go on."""
+        await self._tell(RESUME)
+
+    async def _tell(self, word: bytes) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # it has died: `wait_done` says so
+            await self.status.send_all(word)
 
     async def read_to_end(self) -> None:
         """End the process, take the rest of its stream and throw it away, so that QEMU is none the wiser."""
@@ -156,19 +175,21 @@ async def open_daemon(
     on_bytes: Callable[[int], None],
     record_limit_bytes: int | None = None,
     vms: int = 1,
+    return_path: bool = False,
 ) -> AsyncIterator[tuple[Daemon, int]]:
     """Start a receiver for one VM that writes into `directory`, and yield it with the descriptor for QEMU.
 
     The caller closes its copy of that descriptor once QEMU has it. With `keeps_reading` the stream never breaks,
     whatever becomes of the receiver and of qsnap. Should qsnap die, the receiver starts the command `heir`. With
     `record_limit_bytes` the stream is kept as it comes, up to that size. Once QEMU tracks writes, it gives way to the
-    cut of so many `vms`. The process is gone when this ends.
+    cut of so many `vms`. `return_path` is as `open_stream` has it. The process is gone when this ends.
     """
-    stream_in, stream_out = os.pipe()
+    stream_in, stream_out = open_stream(return_path=return_path)
+    give_way_s = str(min(vms * GIVE_WAY_S, MOST_GIVE_WAY_S))
     options = [
         *_options(directory, backed, ram_limit_bytes),
         *_last_words(keeps_reading, heir),
-        *("--give-way", str(min(vms * GIVE_WAY_S, MOST_GIVE_WAY_S))),
+        *("--give-way", *(("0", give_way_s) if return_path else (give_way_s, "0"))),
         *(("--record-limit", str(record_limit_bytes)) if record_limit_bytes is not None else ()),
     ]
     async with _start(nursery, stream_in, options, f"VM {vm}", on_bytes, keeps_reading) as daemon:
@@ -176,12 +197,14 @@ async def open_daemon(
 
 
 @asynccontextmanager
-async def open_stand_by(directory: Path, *, keeps_reading: bool, heir: Sequence[str]) -> AsyncIterator[tuple[int, int]]:
-    """A pipe that is read here, as (what to read, the descriptor for QEMU), and a process that stands by.
+async def open_stand_by(
+    directory: Path, *, keeps_reading: bool, heir: Sequence[str], return_path: bool = False
+) -> AsyncIterator[tuple[int, int]]:
+    """A stream that is read here, as (what to read, the descriptor for QEMU), and a process that stands by.
 
     Should qsnap die, the process does what a receiver into `directory` does then.
     """
-    stream_in, stream_out = os.pipe()
+    stream_in, stream_out = open_stream(return_path=return_path)
     ours, theirs = socket.socketpair()
     words = ["--stand-by", *_last_words(keeps_reading, heir), *_options(directory, (), 0)]
     try:

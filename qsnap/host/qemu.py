@@ -155,13 +155,17 @@ def find_processes(marks: Sequence[str]) -> list[Process]:
     return found
 
 
+def command_line(process: Process) -> list[str]:
+    """The words that a process was started with. Raises OSError if it is gone."""
+    return [os.fsdecode(word) for word in Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")[:-1]]
+
+
 def find_image_tools(directory: str) -> list[Process]:
     """The qemu-img processes at work on images in this directory."""
     found = []
     for process in find_processes([f"{directory}/"]):
         with suppress(OSError):
-            program = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")[0]
-            if os.path.basename(program) == b"qemu-img":
+            if [os.path.basename(word) for word in command_line(process)[:1]] == ["qemu-img"]:
                 found.append(process)
     return found
 

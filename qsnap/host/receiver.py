@@ -5,7 +5,8 @@ It is a process of its own because it is CPU-bound, and synchronous because it d
     python -m qsnap.host.receiver --stream FD --status FD --directory DIR --backed pc.ram --ram-limit BYTES
 
 and exchanges JSON lines over the status descriptor. From the receiver: `ready`, `tracking` (the first RAM record
-has come, so the source's state is captured), `progress`, and at last `done` or `error`. The parent sends nothing.
+has come, so the source's state is captured), `progress`, and at last `done` or `error`. From the parent: single bytes
+that have it leave the stream alone for a while, so that the source waits, and read on.
 
 With `--record-limit BYTES` the stream goes into one file as it is, and nothing is made of it. With `--stand-by` it is
 read by the parent, and this process is there for the parent's death alone.
@@ -17,9 +18,7 @@ files of a failed attempt behind: the parent removes the directory, or its heir 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
-import fcntl
 import json
 import os
 import select
@@ -35,6 +34,7 @@ import numpy as np
 from qsnap.errors import HostError, StreamError
 from qsnap.host.flatfile import FlatFile
 from qsnap.host.recording import check_ends, record
+from qsnap.host.streams import PAUSE, widen_pipe
 from qsnap.wire import encode
 from qsnap.wire.events import (
     Command,
@@ -49,9 +49,10 @@ from qsnap.wire.events import (
 from qsnap.wire.records import CommandType, RAMBlock, RamSetup
 from qsnap.wire.stream import StreamReader
 
-_PIPE_BYTES = (4 << 20, 1 << 20)  #: sizes to ask for; the second is what an ordinary user may have
 _PROGRESS_S = 0.1
 _DISCARD_BYTES = 1 << 20
+_WORDS_BYTES = 64
+_GIVE_WAY = "leave the processor to the VM for so long after `tracking`, and after the stream's end"
 #: Device state of ordinary machines is below 1 MB; some display and assigned devices keep their memory in it.
 _TAIL_LIMIT_BYTES = 1 << 30
 RECORDED = "migration.stream"  #: the file of a stream kept as it came
@@ -217,22 +218,27 @@ class Inlet:
         self._poll.register(status.fd, select.POLLIN)
 
     def wait(self) -> None:
-        """Until the stream has something; raises ParentGoneError when nobody is left to read it for."""
-        if any(fd == self._status_fd for fd, _ in self._poll.poll()):
+        """Until the stream has something and may be read; raises ParentGoneError when nobody is left to do it for."""
+        while any(fd == self._status_fd for fd, _ in self._poll.poll()):
+            self._obey(os.read(self._status_fd, _WORDS_BYTES))
+
+    def _obey(self, words: bytes) -> None:
+        if not words:
             raise ParentGoneError
+        self._poll.register(self.fd, 0 if words.endswith(PAUSE) else select.POLLIN)
 
 
 class Receiver:
     """Reads the stream, applies it to the snapshot, and answers both sides."""
 
     def __init__(
-        self, inlet: Inlet, status: Status, snapshot: Snapshot, reader: StreamReader, give_way_s: float
+        self, inlet: Inlet, status: Status, snapshot: Snapshot, reader: StreamReader, give_way_s: tuple[float, float]
     ) -> None:
         self._inlet = inlet
         self._status = status
         self._snapshot = snapshot
         self._reader = reader
-        self._give_way_s = give_way_s
+        self._give_way_s = give_way_s  # at the first RAM record, at the end
         self._received_bytes = 0
         self._tracking = False
 
@@ -247,8 +253,9 @@ class Receiver:
             if isinstance(event, PageRun | ZeroRun) and not self._tracking:
                 self._tracking = True
                 self._status.send("tracking")
-                time.sleep(self._give_way_s)
+                time.sleep(self._give_way_s[0])
             self._snapshot.apply(event)
+        time.sleep(self._give_way_s[1])
 
     def _receive_more(self) -> None:
         self._inlet.wait()
@@ -267,7 +274,7 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ram-limit", type=int, required=True, metavar="BYTES", help="of all RAMBlocks together")
     parser.add_argument("--tail-limit", type=int, default=_TAIL_LIMIT_BYTES, metavar="BYTES")
     parser.add_argument("--target-page-size", type=int, default=4096, metavar="BYTES")
-    parser.add_argument("--give-way", type=float, default=0.0, metavar="S", help="pause after `tracking` for so long")
+    parser.add_argument("--give-way", type=float, nargs=2, default=(0.0, 0.0), metavar="S", help=_GIVE_WAY)
     parser.add_argument("--record-limit", type=int, metavar="BYTES", help="keep the stream as it is, up to this size")
     parser.add_argument("--stand-by", action="store_true", help="leave the stream to the parent while that lives")
     parser.add_argument("--keep-reading", action="store_true", help="read the stream to its end if the parent dies")
@@ -304,7 +311,7 @@ def _read_to_end(stream_fd: int) -> None:
 
 def _receive(options: argparse.Namespace, status: Status) -> int:
     try:
-        _widen(options.stream)
+        widen_pipe(options.stream)
         if options.stand_by:
             status.wait_gone()
         inlet = Inlet(options.stream, status)
@@ -370,14 +377,6 @@ def _keep_all(options: argparse.Namespace, inlet: Inlet, status: Status) -> None
     ram_bytes = sum(block.used_length for block in ram.blocks if block.idstr in options.backed)
     sizes = {"ram_bytes": ram_bytes, "stream_bytes": size}
     status.send("done", blocks=[], device_stream=path, machine=configuration.machine, **sizes)
-
-
-def _widen(stream_fd: int) -> None:
-    """Let the kernel hold more of a pipe: the VM's last pages are then out of QEMU while we still write others."""
-    for size in _PIPE_BYTES:
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(stream_fd, fcntl.F_SETPIPE_SZ, size)
-            return
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from qsnap.host.bridges import Links, open_links
 from qsnap.host.capture import Background, Capture, Captured, DivergedError, Precopy, Record
 from qsnap.host.daemon import Receiving
 from qsnap.host.disks import DiskCut, DiskPlan, image_of, plan_disks, tidy_disks
+from qsnap.host.held import HeldPrecopy
 from qsnap.host.journal import ABORTED, VOTED, Journal, Kind, Member, Operation
 from qsnap.host.keeping import Keeper, Keeping, OpenKeeper, open_kept, seal_state
 from qsnap.host.migration import abandon, probe_background, probe_migration, query_ram
 from qsnap.host.owner import put_back, set_aside
 from qsnap.host.place import Progress
+from qsnap.host.qemu import Process, command_line
 from qsnap.host.qmp import Qmp
 from qsnap.host.recovery import (
     Reader,
@@ -50,7 +52,16 @@ from qsnap.model import (
     vm_as_own,
 )
 from qsnap.rules.colouring import Move, plan_direction, plan_moves, plan_return
-from qsnap.rules.engine import Decision, Facts, after_divergence, choose_engine, keeps_paused, must_read_to_end
+from qsnap.rules.command import TOLD_TO_HOLD
+from qsnap.rules.engine import (
+    Decision,
+    Facts,
+    after_divergence,
+    can_hold,
+    choose_engine,
+    keeps_paused,
+    must_read_to_end,
+)
 from qsnap.rules.manifest import files_in
 from qsnap.wire.messages import Keep
 
@@ -106,9 +117,11 @@ async def open_saving(
             saving = Saving(
                 live, order, runtime, progress, journal, store, sessions, nursery, links, open_keeper, keeping
             )
+            sessions.callback(saving.urgent.close)
             try:
                 yield saving
             except BaseException:
+                saving.urgent.close()
                 if saving.begun and not saving.in_doubt:
                     with trio.CancelScope(shield=True), suppress(QsnapError):  # what is left is for `exclusive` to undo
                         await saving.undo()
@@ -139,6 +152,7 @@ class Saving:
     qmps: dict[str, Qmp] = field(factory=dict)
     readers: dict[str, Reader] = field(factory=dict)
     keepers: dict[str, Keeper] = field(factory=dict)  #: of VMs that other hosts keep
+    urgent: ExitStack = field(factory=ExitStack)  #: from the vote to the end of the cut
     watch: trio.CancelScope = field(factory=trio.CancelScope)
     directory: Path = field(init=False)
     vms: tuple[VMSnapshot, ...] = ()
@@ -157,24 +171,24 @@ class Saving:
         vms = [evolve(vm, boot=vm.boot or files) for vm, files in zip(self.live.vms, boot, strict=True)]
         self.members = await run_all([partial(self._prepare, vm) for vm in vms])
         self.nursery.start_soon(self._watch)
+        self.urgent.enter_context(undisturbed())
 
     async def cut(self) -> None:
         """The cut of VMs that wait for no other: each resumes as soon as it can."""
         await self._settle_disks()
-        with undisturbed():
+        with self.urgent:
             await self._halt()
             await run_all([partial(self._stop_and_resume, member) for member in self.members])
 
     async def stop(self) -> None:
         """The first half of a barrier: every VM is stopped when this returns."""
         await self._settle_disks()
-        with undisturbed():
-            await self._halt()
-            await run_all([partial(self._stop, member) for member in self.members])
+        await self._halt()
+        await run_all([partial(self._stop, member) for member in self.members])
 
     async def resume(self) -> None:
         """The second half of a barrier."""
-        with undisturbed():
+        with self.urgent:
             await run_all([member.capture.resume for member in self.members])
 
     async def collect(self) -> tuple[VMSnapshot, ...]:
@@ -255,7 +269,11 @@ class Saving:
         self.progress("prepare", vm.vm.name, 0, 0)
         disks = DiskCut(qmp, plan)
         await disks.prepare()
-        capture = await self._begin(vm, qmp, disks, facts, decision.engine)
+        try:
+            capture = await self._begin(vm, qmp, disks, facts, decision.engine)
+        except DivergedError:
+            decision = await self._give_up_precopy(vm, qmp, facts)
+            capture = await self._begin(vm, qmp, disks, facts, decision.engine)
         return Saved(vm, facts, decision, disks, capture)
 
     async def _plan_disks(self, vm: LiveVM, qmp: Qmp) -> DiskPlan:
@@ -272,7 +290,10 @@ class Saving:
 
     async def _begin(self, vm: LiveVM, qmp: Qmp, disks: DiskCut, facts: Facts, engine: Engine) -> Capture:
         keeps_reading = engine is Engine.BACKGROUND and must_read_to_end(facts.qemu_version)
-        daemon, stream_fd = await self._receive(vm.vm, await query_ram(qmp), engine, keeps_reading=keeps_reading)
+        held = engine is Engine.PRECOPY and facts.holds and facts.running
+        daemon, stream_fd = await self._receive(
+            vm.vm, await query_ram(qmp), engine, keeps_reading=keeps_reading, return_path=held
+        )
         if keeps_reading:
             self.readers[vm.vm.name] = daemon.read_to_end
         move_taps = (await self.links.prepare(self._moves(vm, self.live.active.other))).apply
@@ -281,7 +302,8 @@ class Saving:
             capture = Record(qmp, daemon, disks, facts.running, move_taps, force=True)
         elif engine is Engine.PRECOPY:
             force = self.order.engine is Engine.PRECOPY or bool(facts.background_refusal)
-            capture = Precopy(qmp, daemon, disks, facts.running, move_taps, force=force)
+            kind = HeldPrecopy if held else Precopy
+            capture = kind(qmp, daemon, disks, facts.running, move_taps, force=force)
         else:
             capture = Background(
                 qmp,
@@ -291,11 +313,11 @@ class Saving:
                 move_taps,
                 keeps_paused=keeps_paused(facts.qemu_version),
             )
-        await capture.prepare(stream_fd)
+        await capture.prepare(stream_fd, self.nursery)
         return capture
 
     async def _receive(
-        self, vm: VM, ram: Mapping[str, int], engine: Engine, *, keeps_reading: bool
+        self, vm: VM, ram: Mapping[str, int], engine: Engine, *, keeps_reading: bool, return_path: bool
     ) -> tuple[Receiving, int]:
         """What takes in a VM's stream, here or on the host that keeps it, and the descriptor for QEMU."""
         vne, directory, ram_bytes = self.live.vne, self.directory / vm.name, sum(ram.values())
@@ -310,7 +332,14 @@ class Saving:
             host = next(host for host in vne.hosts if host.name == vm.keeper)
             keeper, stream_fd = await self.sessions.enter_async_context(
                 self.open_keeper(
-                    self.nursery, host, keep, directory, keeps_reading=keeps_reading, heir=heir, on_bytes=on_bytes
+                    self.nursery,
+                    host,
+                    keep,
+                    directory,
+                    keeps_reading=keeps_reading,
+                    heir=heir,
+                    on_bytes=on_bytes,
+                    return_path=return_path,
                 )
             )
             self.keepers[vm.name] = keeper
@@ -324,6 +353,7 @@ class Saving:
                 heir=heir,
                 on_bytes=on_bytes,
                 vms=len(self.live.vms),
+                return_path=return_path,
             )
         )
 
@@ -344,13 +374,15 @@ class Saving:
         try:
             await member.capture.stop()
         except DivergedError:
-            await abandon(member.capture.qmp, running=member.facts.running)
-            shutil.rmtree(self.directory / member.live.vm.name, ignore_errors=True)  # where another host keeps it
-            member.decision = after_divergence()
-            member.capture = await self._begin(
-                member.live, member.capture.qmp, member.disks, member.facts, member.decision.engine
-            )
+            qmp = member.capture.qmp
+            member.decision = await self._give_up_precopy(member.live, qmp, member.facts)
+            member.capture = await self._begin(member.live, qmp, member.disks, member.facts, member.decision.engine)
             await member.capture.stop()
+
+    async def _give_up_precopy(self, vm: LiveVM, qmp: Qmp, facts: Facts) -> Decision:
+        await abandon(qmp, running=facts.running)
+        shutil.rmtree(self.directory / vm.vm.name, ignore_errors=True)  # where another host keeps it
+        return after_divergence()
 
     async def _complete(self, member: Saved) -> Captured:
         """Wait for the rest of the state and for copies of disks; the first failure ends both."""
@@ -432,8 +464,15 @@ async def gather_facts(qmp: Qmp, vm: LiveVM, *, waits: bool) -> Facts:
         background_refusal=await probe_background(qmp),
         precopy_refusal=await probe_migration(qmp),
         ram_blocks=len(await query_ram(qmp)),
+        holds=can_hold(vm.qemu_version, vm.machine_type, told=_is_told_to_hold(vm.process)),
         waits=waits,
     )
+
+
+def _is_told_to_hold(process: Process) -> bool:
+    with suppress(OSError):  # it is gone, as it will be found
+        return TOLD_TO_HOLD in command_line(process)
+    return False
 
 
 async def refuse_ended(qmp: Qmp) -> None:

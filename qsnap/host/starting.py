@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 from attrs import evolve, frozen
 
-from qsnap.errors import QemuError
+from qsnap.errors import HostError, QemuError
 from qsnap.host.bridges import open_links
 from qsnap.host.disks import create_overlay, find_devices, new_path, read_disks
 from qsnap.host.netns import enter_command, make_netns, remove_netns
-from qsnap.host.qemu import Process, did_not_start, find_program, last_words, start_qemu
+from qsnap.host.qemu import Process, did_not_start, find_program, last_words, program_version, start_qemu
 from qsnap.host.qmp import QemuGoneError, Qmp, open_qmp
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.store import Store
@@ -32,6 +34,7 @@ from qsnap.rules.command import (
     plan_command,
     with_machine_type,
 )
+from qsnap.rules.engine import must_be_told_to_hold
 
 GREETING_S = 60.0
 POLL_S = 0.01
@@ -82,7 +85,8 @@ def find_qemu_img(qemu: str) -> str:
 async def start_process(live: LiveVNE, runtime: Runtime, start: Start) -> Process:
     """Make a VM's disk layers and start its QEMU, paused. Its QMP socket answers when this returns."""
     vm = start.vm
-    layers = await _make_layers(live, start)
+    calls: list[Callable[[], Awaitable[Any]]] = [partial(_make_layers, live, start), partial(_told_to_hold, vm.qemu)]
+    layers, told_to_hold = await run_all(calls)
     directory = runtime.make_vm_directory(live.vne.name, vm.name)
     backends = Backends(
         directory=str(directory),
@@ -92,10 +96,17 @@ async def start_process(live: LiveVNE, runtime: Runtime, start: Start) -> Proces
         incoming=start.incoming,
         boot={each.option: os.path.abspath(f"{live.store}/{live.vne.name}/{each.file.path}") for each in start.boot},
     )
-    command = plan_command(vm, f"{live.vne.name}/{vm.name}", start.hardware, start.accelerator, backends)
+    name = f"{live.vne.name}/{vm.name}"
+    command = plan_command(vm, name, start.hardware, start.accelerator, backends, told_to_hold=told_to_hold)
     fds = [block.ram.fd for block in start.ram if isinstance(block.ram, FilledRam)]
     enter = enter_command(live.netns)
     return await start_qemu(command, enter=enter, directory=str(directory), vm=vm.name, fds=fds)
+
+
+async def _told_to_hold(qemu: str) -> bool:
+    with suppress(HostError):  # what is not QEMU is found out when it is to be started
+        return must_be_told_to_hold(await program_version(qemu))
+    return False
 
 
 async def _make_layers(live: LiveVNE, start: Start) -> tuple[str, ...]:

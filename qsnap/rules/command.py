@@ -23,6 +23,7 @@ DISK_NODE = "disk{}"  #: the block node a disk device is started with
 DISK_DEVICE = "disk{}-device"
 PFLASH = "pflash"  #: the interface of a disk that is flash memory of the machine: firmware, or its variables
 BOOT_OPTIONS = ("-kernel", "-initrd", "-dtb", "-bios")  #: name files that a guest boots from
+TOLD_TO_HOLD = "migration.switchover-ack-legacy=on"
 NICS_WITHOUT_ROM = ("-device", "-ccw", "_isa", "usb-net")  #: ends of the names of those that are not on PCI
 
 
@@ -146,9 +147,18 @@ def with_boot_files(hardware: tuple[str, ...], paths: Mapping[str, str]) -> tupl
 
 
 def plan_command(
-    vm: VM, name: str, hardware: tuple[str, ...], accelerator: Accelerator, backends: Backends
+    vm: VM,
+    name: str,
+    hardware: tuple[str, ...],
+    accelerator: Accelerator,
+    backends: Backends,
+    *,
+    told_to_hold: bool = False,
 ) -> list[str]:
-    """The whole command line. The VM starts paused, and with `incoming` waits for a stream."""
+    """The whole command line. The VM starts paused, and with `incoming` waits for a stream.
+
+    `told_to_hold` is for a QEMU that else could not be kept from the end of a precopy (`rules.engine.can_hold`).
+    """
     directory = backends.directory.replace(",", ",,")
     sockets = (
         f"socket,id=monitor,path={directory}/monitor.sock,server=on,wait=off",
@@ -158,6 +168,7 @@ def plan_command(
     return [
         *(vm.qemu, "-name", name, "-S", "-display", "none"),
         *("-accel", accelerator.value),
+        *(("-global", TOLD_TO_HOLD) if told_to_hold else ()),
         *(word for block in backends.ram for word in ("-object", _ram_object(block))),
         *(word for chardev in sockets for word in ("-chardev", chardev)),
         *("-mon", "chardev=qmp,mode=control", "-mon", "chardev=monitor,mode=control"),

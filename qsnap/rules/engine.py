@@ -1,11 +1,14 @@
 """Which engine captures a VM, and why: the facts of a VM in, a decision or a refusal with a way out.
 
-The figures behind the choice: background on huge pages pauses about a millisecond and loses the least work;
-on 4 KiB pages every first write to a page costs a fault, so precopy loses less as long as it converges.
+The figures behind the choice are in docs/benchmarks.md. A precopy that is held until the cut pauses a VM for about as
+long as background does on huge pages, and costs the guest the least work: after the cut no write of its waits for
+anything. Where QEMU cannot be held, background on huge pages is next; on 4 KiB pages every first write to a page costs
+a fault there, so precopy loses less as long as it converges.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from attrs import frozen
@@ -22,6 +25,9 @@ USERFAULTFD_ADVICE = (
 _BLOCKED = "No engine can save such a VM: take away what is named, and start it again."
 
 TCG_PRECOPY_SINCE: Version = (9, 0, 0)  #: "dirty bitmap coherency with TCG memory access"; corrupt images before
+
+SWITCHOVER_ACK_SINCE: Version = (8, 1, 0)
+SWITCHOVER_ACK_OPTIONAL_SINCE: Version = (11, 1, 0)  #: waited for if a device asks for it; machines of before: always
 
 TRACKING_ENDS_ON_CANCEL_SINCE: Version = (8, 1, 0)
 BACKGROUND_KEEPS_PAUSED_SINCE: Version = (9, 0, 0)  #: before, a background snapshot starts a paused VM
@@ -40,6 +46,7 @@ class Facts:
     precopy_refusal: str
     ram_blocks: int = 1  #: memory backends
     copies_disks: bool = False  #: a disk is kept by a copy that goes on after the cut
+    holds: bool = False  #: its QEMU can be kept from the end of a precopy
     waits: bool = False  #: a barrier cut of several VMs: it stays paused until the slowest has stopped
 
 
@@ -58,6 +65,18 @@ def precopy_is_safe(version: Version, accelerator: Accelerator, ram_blocks: int)
     entries are reset of another part of memory (physical_memory_sync_dirty_bitmap, migration/ram.c).
     """
     return accelerator is Accelerator.KVM or (version >= TCG_PRECOPY_SINCE and ram_blocks == 1)
+
+
+def must_be_told_to_hold(version: Version) -> bool:
+    """Whether QEMU waits for an acknowledgement of the switchover only if it is started so (hw_compat_11_0)."""
+    return version >= SWITCHOVER_ACK_OPTIONAL_SINCE
+
+
+def can_hold(version: Version, machine_type: str, *, told: bool) -> bool:
+    """Whether QEMU can be kept from the end of a precopy, so that the VM runs until it is stopped for the cut."""
+    numbers = re.search(r"-(\d+)\.(\d+)$", machine_type)
+    of_before = numbers is not None and (int(numbers[1]), int(numbers[2]), 0) < SWITCHOVER_ACK_OPTIONAL_SINCE
+    return version >= SWITCHOVER_ACK_SINCE and (told or of_before or not must_be_told_to_hold(version))
 
 
 def keeps_paused(version: Version) -> bool:
@@ -91,6 +110,8 @@ def _choose(facts: Facts) -> Decision:
         by_background = background is None and keeps_paused(facts.qemu_version)
         if by_background or precopy is None:
             return Decision(Engine.BACKGROUND if by_background else Engine.PRECOPY, "it is paused, and stays so")
+    if precopy is None and facts.holds:
+        return Decision(Engine.PRECOPY, "QEMU saves the RAM before the cut, and then only what was just written")
     if background is None and facts.hugetlb:
         return Decision(Engine.BACKGROUND, "RAM in huge pages: the shortest pause at any dirty rate")
     if background is None and facts.waits:

@@ -221,6 +221,11 @@ class DiskCut:
             await self._close(step)
 
     @property
+    def clones(self) -> bool:
+        """Whether files are to be cloned, which QEMU may not write to meanwhile."""
+        return bool(self._cloned)
+
+    @property
     def _cloned(self) -> tuple[DiskStep, ...]:
         return self.plan.of(DiskEngine.REFLINK)
 
