@@ -32,6 +32,7 @@ class Probe:
     """The state page of one test guest: at `offset` in its RAM, which begins at `base` in the file at `path`."""
 
     def __init__(self, path: str, base: int, offset: int) -> None:
+        self.path = path
         self.offset = offset
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._address = base + offset
@@ -47,6 +48,10 @@ class Probe:
     def word(self, index: int) -> int:
         """One 8-byte word of the state page."""
         return int.from_bytes(os.pread(self._fd, 8, self._address + 8 * index), "little")
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The file that such a word is in, and where."""
+        return self.path, self._address + 8 * index
 
     def sample(self) -> Sample:
         """The guest's progress and the instant of it."""

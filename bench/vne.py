@@ -2,19 +2,20 @@
 
 `discrepancy_ms` is from the first VM's STOP to the last one's; the downtime is that of the VMs, their median and the
 longest. `stall_ms` is the longest time for which any guest's incoming TCP stream, of 8 Mbit/s, made no progress while
-the snapshot was taken: the guests' own byte counters, read every millisecond. It holds the VM's downtime, its peer's
-and whatever TCP lost by them. `timeouts` are the retransmission time-outs that the guests' kernels counted meanwhile,
-in all runs together. `quiet_stall_ms` and `quiet_timeouts` are the same over windows as long in which nothing
-happens. The guests' memory is in huge pages, so that the engine is the same with either cut. Medians of at least 5
-runs, the cuts taking turns.
+the snapshot was taken: the guests' own byte counters, read every millisecond (bench.watch). It holds the VM's downtime,
+its peer's and whatever TCP lost by them, and what the guests had to wait for while the snapshot was prepared.
+`timeouts` are the retransmission time-outs that the guests' kernels counted meanwhile, in all runs together.
+`quiet_stall_ms` and `quiet_timeouts` are the same over windows as long in which nothing happens. The guests' memory is
+in huge pages, and the engine the one that `auto` takes, with either cut. Medians of at least 5 runs, the cuts taking
+turns.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
 import sys
-import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +26,6 @@ from attrs import define, field, frozen
 
 import qsnap
 from bench.guest import VNE, Guest, running_guests, temporary_place
-from bench.probe import Probe
 from bench.report import Options, Report, Row, median, run
 from bench.ways import SNAPSHOT
 from qsnap.model import Backing, Cut, Snapshot
@@ -38,43 +38,21 @@ MEMORY_MIB = 96
 GUEST = {"dirty_mb": 16, "rate_mb": 10, "udp": 20, "tcp": 1, "tcp_kbps": 8000}
 INCOMING_BYTES_AT = STREAMS_AT + STREAM_WORDS + 2  #: testbed/guest/state.h
 TIMEOUTS_AT = SCALARS_AT + SCALARS.index("timeouts")
-LOOK_S = 0.001
 WINDOW_S = 1.5
 
 
-@define
-class Stalls:
-    """The longest time without progress of each guest's incoming stream, seen from a thread of its own."""
-
-    probes: Sequence[Probe]
-    longest_s: list[float] = field(init=False)
-    _over: threading.Event = field(factory=threading.Event)
-
-    def __attrs_post_init__(self) -> None:
-        self.longest_s = [0.0] * len(self.probes)
-
-    def watch(self) -> None:
-        """Look again and again until told to stop."""
-        now = time.perf_counter()
-        counts, since = [0] * len(self.probes), [now] * len(self.probes)
-        while not self._over.wait(LOOK_S):
-            now = time.perf_counter()
-            for index, probe in enumerate(self.probes):
-                count = probe.word(INCOMING_BYTES_AT)
-                if count != counts[index]:
-                    counts[index], since[index] = count, now
-                self.longest_s[index] = max(self.longest_s[index], now - since[index])
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Watch while the block runs."""
-        thread = threading.Thread(target=self.watch)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._over.set()
-            thread.join()
+@contextmanager
+def watched(guests: Sequence[Guest]) -> Iterator[list[float]]:
+    """Yields a list that has the longest time without progress of each guest's incoming stream once the block ends."""
+    places = [guest.probe.place(INCOMING_BYTES_AT) for guest in guests]
+    command = [sys.executable, "-m", "bench.watch", *(f"{path}:{address}" for path, address in places)]
+    longest_s: list[float] = []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as watch:
+        assert watch.stdout is not None
+        watch.stdout.readline()
+        yield longest_s
+        said, _ = watch.communicate()
+        longest_s += json.loads(said)
 
 
 @frozen
@@ -117,12 +95,12 @@ class Taken:
 
 async def disrupt(guests: Sequence[Guest], action: Callable[[], Awaitable[T]]) -> tuple[T, Disruption]:
     """The action's result, and what the guests felt in a window that begins with it."""
-    stalls, timeouts = Stalls([guest.probe for guest in guests]), count_timeouts(guests)
-    with stalls.watched():
+    timeouts = count_timeouts(guests)
+    with watched(guests) as longest_s:
         ends_s = trio.current_time() + WINDOW_S
         result = await action()
         await trio.sleep_until(max(ends_s, trio.current_time()))
-    return result, Disruption(tuple(each * 1e3 for each in stalls.longest_s), count_timeouts(guests) - timeouts)
+    return result, Disruption(tuple(each * 1e3 for each in longest_s), count_timeouts(guests) - timeouts)
 
 
 def count_timeouts(guests: Sequence[Guest]) -> int:

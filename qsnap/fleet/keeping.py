@@ -36,7 +36,6 @@ class RemoteKeeper:
     host: Host
     on_bytes: Callable[[int], None]
     stream_fd: int
-    reading: trio.Event = field(factory=trio.Event)  #: set unless QEMU is to wait
     ready: trio.Event = field(factory=trio.Event)
     tracking: trio.Event = field(factory=trio.Event)
     received: trio.Event = field(factory=trio.Event)
@@ -75,15 +74,6 @@ class RemoteKeeper:
             await self.connection.send(m.Hold(vm))
         await self._wait(self.held)
 
-    async def pause_reading(self) -> None:
-        """Let QEMU wait with what it sends."""
-        if self.failure is None:
-            self.reading = trio.Event()
-
-    async def resume_reading(self) -> None:
-        """Go on after that."""
-        self.reading.set()
-
     async def read_to_end(self) -> None:
         """Throw away the rest of the stream, until QEMU closes it."""
         self._fail(ConnectionLostError("the snapshot is undone", where=f"host {self.host.name}"))
@@ -110,10 +100,8 @@ class RemoteKeeper:
 
     async def _pump(self) -> None:
         await self.ready.wait()
-        self.reading.set()
         while True:
             await trio.lowlevel.wait_readable(self.stream_fd)
-            await self.reading.wait()
             data = os.read(self.stream_fd, READ_BYTES)
             if self.failure is None and self.connection is not None:
                 try:
@@ -158,7 +146,7 @@ class RemoteKeeper:
             if not error.where.startswith(here):
                 error.where = ", ".join(filter(None, (here, error.where)))
             self.failure = error
-            for event in (self.reading, self.ready, self.tracking, self.received, self.kept, self.held):
+            for event in (self.ready, self.tracking, self.received, self.kept, self.held):
                 event.set()
 
 
@@ -173,15 +161,13 @@ async def open_keeper(
     keeps_reading: bool,
     heir: Sequence[str],
     on_bytes: Callable[[int], None],
-    return_path: bool,
 ) -> AsyncIterator[tuple[RemoteKeeper, int]]:
     """A daemon on another host, with the descriptor for QEMU.
 
     A process here stands by for the death of this one; `directory` tells whoever looks for it what it belongs to.
     """
     identity = load_identity(place.identity)
-    stand_by = open_stand_by(directory, keeps_reading=keeps_reading, heir=heir, return_path=return_path)
-    async with stand_by as (stream_in, stream_out):
+    async with open_stand_by(directory, keeps_reading=keeps_reading, heir=heir) as (stream_in, stream_out):
         keeper = RemoteKeeper(host, on_bytes, stream_in)
         nursery.start_soon(keeper.run, identity, message)
         try:

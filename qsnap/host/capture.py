@@ -111,11 +111,8 @@ class Capture(ABC):
     def capabilities(self) -> frozenset[str]:
         """The migration capabilities of this engine."""
 
-    async def prepare(self, stream_fd: int, nursery: trio.Nursery) -> None:
-        """Everything slow. `stream_fd` is handed to QEMU and closed here.
-
-        What goes on until the cut does so in `nursery`.
-        """
+    async def prepare(self, stream_fd: int) -> None:
+        """Everything slow. `stream_fd` is handed to QEMU and closed here."""
         try:
             await set_capabilities(self.qmp, self.capabilities)
             await self.qmp.execute("migrate-set-parameters", {"max-bandwidth": 0, "downtime-limit": DOWNTIME_LIMIT_MS})

@@ -17,7 +17,8 @@ import trio
 from attrs import define, field
 
 from qsnap.errors import HostError, QemuError, QsnapError, StreamError
-from qsnap.host.streams import PAUSE, RESUME, open_stream
+from qsnap.host.streams import open_stream
+from qsnap.rules.convergence import PATIENCE
 
 DISCARD_BYTES = 1 << 20
 GIVE_WAY_S = 0.004  #: for each VM: it waits for `cont`, QEMU's main thread for a processor; the pipe has room meanwhile
@@ -37,12 +38,6 @@ class Receiving(Protocol):
     async def wait_done(self) -> dict[str, Any]:
         """What has come, once everything is in files."""
 
-    async def pause_reading(self) -> None:
-        """Let QEMU wait with what it sends."""
-
-    async def resume_reading(self) -> None:
-        """Go on after that."""
-
     async def read_to_end(self) -> None:
         """Take the rest of the stream and throw it away, so that QEMU is none the wiser."""
 
@@ -58,6 +53,8 @@ class Daemon:
     spare_fd: int | None = None  #: a second descriptor of the stream, so that it does not break when the process dies
     ready: trio.Event = field(factory=trio.Event)  #: it reads the stream from now on
     tracking: trio.Event = field(factory=trio.Event)  #: set at the first RAM record: QEMU tracks writes by now
+    settled: trio.Event = field(factory=trio.Event)  #: set once, where QEMU is held
+    diverged: bool = False
     ended: trio.Event = field(factory=trio.Event)
     listened: trio.Event = field(factory=trio.Event)  #: `listen` has ended, which reads its descriptors
     result: dict[str, Any] = field(factory=dict)
@@ -83,17 +80,15 @@ class Daemon:
             raise self.failure
         return self.result
 
-    async def pause_reading(self) -> None:
-        """Have the process leave the stream alone, so that QEMU has to wait; it goes on if this one dies."""
-        await self._tell(PAUSE)
+    async def wait_settled(self) -> bool:
+        """Return once QEMU, which is held, has little left to send; whether it came to that. For ever if it ends."""
+        await self.settled.wait()
+        return not self.diverged
 
-    async def resume_reading(self) -> None:
-        """Have it go on."""
-        await self._tell(RESUME)
-
-    async def _tell(self, word: bytes) -> None:
+    async def let_go(self) -> None:
+        """Hold QEMU no more."""
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # it has died: `wait_done` says so
-            await self.status.send_all(word)
+            await self.status.send_all(b".")
 
     async def read_to_end(self) -> None:
         """End the process, take the rest of its stream and throw it away, so that QEMU is none the wiser."""
@@ -144,6 +139,9 @@ class Daemon:
                 self.ready.set()
             case "tracking":
                 self.tracking.set()
+            case "settled" | "diverged" as how:
+                self.diverged = how == "diverged"
+                self.settled.set()
             case "progress":
                 self.on_bytes(message["bytes"])
             case "done":
@@ -175,36 +173,35 @@ async def open_daemon(
     on_bytes: Callable[[int], None],
     record_limit_bytes: int | None = None,
     vms: int = 1,
-    return_path: bool = False,
+    held: bool = False,
 ) -> AsyncIterator[tuple[Daemon, int]]:
     """Start a receiver for one VM that writes into `directory`, and yield it with the descriptor for QEMU.
 
     The caller closes its copy of that descriptor once QEMU has it. With `keeps_reading` the stream never breaks,
     whatever becomes of the receiver and of qsnap. Should qsnap die, the receiver starts the command `heir`. With
-    `record_limit_bytes` the stream is kept as it comes, up to that size. Once QEMU tracks writes, it gives way to the
-    cut of so many `vms`. `return_path` is as `open_stream` has it. The process is gone when this ends.
+    `record_limit_bytes` the stream is kept as it comes, up to that size. A QEMU that is `held` waits when it has
+    converged, until `let_go`. The receiver gives way to the cut of so many `vms`. It is gone when this ends.
     """
-    stream_in, stream_out = open_stream(return_path=return_path)
+    stream_in, stream_out = open_stream(held=held)
     give_way_s = str(min(vms * GIVE_WAY_S, MOST_GIVE_WAY_S))
     options = [
         *_options(directory, backed, ram_limit_bytes),
         *_last_words(keeps_reading, heir),
-        *("--give-way", *(("0", give_way_s) if return_path else (give_way_s, "0"))),
+        *("--give-way", *(("0", give_way_s) if held else (give_way_s, "0"))),
         *(("--record-limit", str(record_limit_bytes)) if record_limit_bytes is not None else ()),
     ]
-    async with _start(nursery, stream_in, options, f"VM {vm}", on_bytes, keeps_reading) as daemon:
+    inlet = stream_out if held else None
+    async with _start(nursery, stream_in, options, f"VM {vm}", on_bytes, keeps_reading, inlet) as daemon:
         yield daemon, stream_out
 
 
 @asynccontextmanager
-async def open_stand_by(
-    directory: Path, *, keeps_reading: bool, heir: Sequence[str], return_path: bool = False
-) -> AsyncIterator[tuple[int, int]]:
-    """A stream that is read here, as (what to read, the descriptor for QEMU), and a process that stands by.
+async def open_stand_by(directory: Path, *, keeps_reading: bool, heir: Sequence[str]) -> AsyncIterator[tuple[int, int]]:
+    """A pipe that is read here, as (what to read, the descriptor for QEMU), and a process that stands by.
 
     Should qsnap die, the process does what a receiver into `directory` does then.
     """
-    stream_in, stream_out = open_stream(return_path=return_path)
+    stream_in, stream_out = os.pipe()
     ours, theirs = socket.socketpair()
     words = ["--stand-by", *_last_words(keeps_reading, heir), *_options(directory, (), 0)]
     try:
@@ -256,9 +253,12 @@ def _options(directory: Path, backed: tuple[str, ...], ram_limit_bytes: int) -> 
     return ["--directory", str(directory), "--ram-limit", str(ram_limit_bytes), *blocks]
 
 
-async def _spawn(stream_in: int, status: socket.socket, options: list[str]) -> trio.Process:
+async def _spawn(stream_in: int, status: socket.socket, options: list[str], inlet: int | None = None) -> trio.Process:
     """The process, which is given the descriptors of the stream and `status`; the latter is closed here."""
-    fds = (stream_in, status.fileno())
+    fds = [stream_in, status.fileno()]
+    if inlet is not None:
+        fds.append(inlet)
+        options = [*options, "--inlet", str(inlet), "--patience", str(PATIENCE)]
     command = [sys.executable, "-m", "qsnap.host.receiver", "--stream", str(stream_in), "--status", str(fds[1])]
     with status:
         # in a session of its own: Ctrl-C is for qsnap to deal with, which ends this process in due course
@@ -275,11 +275,12 @@ async def _start(
     where: str,
     on_bytes: Callable[[int], None],
     keeps_reading: bool,
+    inlet: int | None = None,
 ) -> AsyncIterator[Daemon]:
     """The process, which takes over `stream_in`."""
     ours, theirs = socket.socketpair()
     try:
-        process = await _spawn(stream_in, theirs, options)
+        process = await _spawn(stream_in, theirs, options, inlet)
     finally:
         spare_fd = os.dup(stream_in) if keeps_reading else None  # one open pipe: both see what the other leaves
         os.close(stream_in)

@@ -49,7 +49,6 @@ class OpenKeeper(Protocol):
         keeps_reading: bool,
         heir: Sequence[str],
         on_bytes: Callable[[int], None],
-        return_path: bool,
     ) -> AbstractAsyncContextManager[tuple[Keeper, int]]: ...
 
 
@@ -77,7 +76,7 @@ async def open_kept(
     heir: Sequence[str],
     on_bytes: Callable[[int], None],
     vms: int = 1,
-    return_path: bool = False,
+    held: bool = False,
 ) -> AsyncIterator[tuple[Daemon, int]]:
     """A daemon of this host, as `open_daemon` has it, which writes into a new directory."""
     with explained("make the directory", directory):
@@ -93,7 +92,7 @@ async def open_kept(
         heir=heir,
         on_bytes=on_bytes,
         vms=vms,
-        return_path=return_path,
+        held=held,
     ) as opened:
         yield opened
 

@@ -12,9 +12,8 @@ from qsnap.host.tasks import one_error
 
 BACKGROUND_CAPABILITIES = frozenset({"background-snapshot", "events"})
 PRECOPY_CAPABILITIES = frozenset({"pause-before-switchover", "events"})
-#: A precopy that goes on until the destination allows its end, which it never does, or the VM is stopped. Without
-#: `events`: each pass would be one, and there are up to 20,000 a second.
-HELD_CAPABILITIES = frozenset({"pause-before-switchover", "return-path", "switchover-ack"})
+#: A precopy that goes on until the destination allows its end, which it never does, or the VM is stopped
+HELD_CAPABILITIES = PRECOPY_CAPABILITIES | {"return-path", "switchover-ack"}
 FD_NAME = "qsnap-stream"
 PAUSED = ("paused", "postmigrate", "finish-migrate")  #: run states that a capture puts a VM into
 STEP_TIMEOUT_S = 30.0  #: for every step that pauses a VM
@@ -26,7 +25,7 @@ async def set_capabilities(qmp: Qmp, wanted: frozenset[str]) -> None:
     known = {each["capability"] for each in await qmp.execute("query-migrate-capabilities")} | wanted
     states = [
         {"capability": name, "state": name in wanted}
-        for name in sorted(known & (BACKGROUND_CAPABILITIES | PRECOPY_CAPABILITIES | HELD_CAPABILITIES))
+        for name in sorted(known & (BACKGROUND_CAPABILITIES | HELD_CAPABILITIES))
     ]
     await qmp.execute("migrate-set-capabilities", {"capabilities": states})
 

@@ -5,8 +5,9 @@ It is a process of its own because it is CPU-bound, and synchronous because it d
     python -m qsnap.host.receiver --stream FD --status FD --directory DIR --backed pc.ram --ram-limit BYTES
 
 and exchanges JSON lines over the status descriptor. From the receiver: `ready`, `tracking` (the first RAM record
-has come, so the source's state is captured), `progress`, and at last `done` or `error`. From the parent: single bytes
-that have it leave the stream alone for a while, so that the source waits, and read on.
+has come, so the source's state is captured), `progress`, and at last `done` or `error`. With `--inlet FD` it holds
+QEMU when little is left to be sent (`qsnap.host.hold`), and says `settled` then, or `diverged`; a byte from the parent
+has it let go. The parent sends nothing else.
 
 With `--record-limit BYTES` the stream goes into one file as it is, and nothing is made of it. With `--stand-by` it is
 read by the parent, and this process is there for the parent's death alone.
@@ -33,8 +34,10 @@ import numpy as np
 
 from qsnap.errors import HostError, StreamError
 from qsnap.host.flatfile import FlatFile
+from qsnap.host.hold import Hold
 from qsnap.host.recording import check_ends, record
-from qsnap.host.streams import PAUSE, widen_pipe
+from qsnap.host.streams import widen_pipe
+from qsnap.rules.convergence import PATIENCE
 from qsnap.wire import encode
 from qsnap.wire.events import (
     Command,
@@ -51,7 +54,7 @@ from qsnap.wire.stream import StreamReader
 
 _PROGRESS_S = 0.1
 _DISCARD_BYTES = 1 << 20
-_WORDS_BYTES = 64
+_PATIENCE = "times the RAM that may be sent again before it is said to diverge"
 _GIVE_WAY = "leave the processor to the VM for so long after `tracking`, and after the stream's end"
 #: Device state of ordinary machines is below 1 MB; some display and assigned devices keep their memory in it.
 _TAIL_LIMIT_BYTES = 1 << 30
@@ -212,33 +215,47 @@ class Inlet:
 
     def __init__(self, fd: int, status: Status) -> None:
         self.fd = fd
+        self.released = False  #: the parent has said the one thing that it has to say
         self._status_fd = status.fd
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
         self._poll.register(status.fd, select.POLLIN)
 
     def wait(self) -> None:
-        """Until the stream has something and may be read; raises ParentGoneError when nobody is left to do it for."""
+        """Until the stream has something; raises ParentGoneError when nobody is left to read it for."""
         while any(fd == self._status_fd for fd, _ in self._poll.poll()):
-            self._obey(os.read(self._status_fd, _WORDS_BYTES))
+            self._listen()
 
-    def _obey(self, words: bytes) -> None:
-        if not words:
+    def wait_released(self, timeout_s: float) -> bool:
+        """Leave the stream alone for so long, or until the parent has something to say; whether it has."""
+        if not self.released and select.select([self._status_fd], [], [], timeout_s)[0]:
+            self._listen()
+        return self.released
+
+    def _listen(self) -> None:
+        if not os.read(self._status_fd, 1):
             raise ParentGoneError
-        self._poll.register(self.fd, 0 if words.endswith(PAUSE) else select.POLLIN)
+        self.released = True
 
 
 class Receiver:
     """Reads the stream, applies it to the snapshot, and answers both sides."""
 
     def __init__(
-        self, inlet: Inlet, status: Status, snapshot: Snapshot, reader: StreamReader, give_way_s: tuple[float, float]
+        self,
+        inlet: Inlet,
+        status: Status,
+        snapshot: Snapshot,
+        reader: StreamReader,
+        give_way_s: tuple[float, float],
+        hold: Hold | None,
     ) -> None:
         self._inlet = inlet
         self._status = status
         self._snapshot = snapshot
         self._reader = reader
         self._give_way_s = give_way_s  # at the first RAM record, at the end
+        self._hold = hold
         self._received_bytes = 0
         self._tracking = False
 
@@ -247,6 +264,8 @@ class Receiver:
         event: Event | None = None
         while not isinstance(event, EndOfStream):
             event = self._reader.next_event()
+            if self._hold and not self._hold.over:
+                self._hold.follow(event, self._reader)
             if event is None:
                 self._receive_more()
                 continue
@@ -259,6 +278,8 @@ class Receiver:
 
     def _receive_more(self) -> None:
         self._inlet.wait()
+        if self._inlet.released and self._hold and not self._hold.over:
+            self._hold.end()
         count = os.readv(self._inlet.fd, [self._reader.get_buffer()])
         self._reader.buffer_updated(count)
         self._received_bytes += count
@@ -274,6 +295,8 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ram-limit", type=int, required=True, metavar="BYTES", help="of all RAMBlocks together")
     parser.add_argument("--tail-limit", type=int, default=_TAIL_LIMIT_BYTES, metavar="BYTES")
     parser.add_argument("--target-page-size", type=int, default=4096, metavar="BYTES")
+    parser.add_argument("--inlet", type=int, metavar="FD", help="where QEMU writes: hold it when it has converged")
+    parser.add_argument("--patience", type=float, default=PATIENCE, metavar="N", help=_PATIENCE)
     parser.add_argument("--give-way", type=float, nargs=2, default=(0.0, 0.0), metavar="S", help=_GIVE_WAY)
     parser.add_argument("--record-limit", type=int, metavar="BYTES", help="keep the stream as it is, up to this size")
     parser.add_argument("--stand-by", action="store_true", help="leave the stream to the parent while that lives")
@@ -290,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the daemon; its exit code."""
     options = _parse_arguments(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminate)
-    for fd in (options.stream, options.status):
+    for fd in (options.stream, options.status, *((options.inlet,) if options.inlet is not None else ())):
         os.set_inheritable(fd, False)  # an heir that held the stream open would let QEMU wait for ever
     status = Status(options.status)
     try:
@@ -343,7 +366,10 @@ def _keep_newest(options: argparse.Namespace, inlet: Inlet, status: Status) -> N
     snapshot = Snapshot(options.directory, options.backed)
     _warm_up()
     status.send("ready")
-    Receiver(inlet, status, snapshot, reader, options.give_way).run()
+    hold = None
+    if options.inlet is not None:
+        hold = Hold(options.inlet, inlet.wait_released, status.send, options.patience)
+    Receiver(inlet, status, snapshot, reader, options.give_way, hold).run()
     status.send("done", **snapshot.finish())
 
 

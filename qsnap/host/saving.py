@@ -15,7 +15,7 @@ from attrs import define, evolve, field
 from qsnap.errors import IntegrityError, QemuError, QsnapError, StateError
 from qsnap.host.bridges import Links, open_links
 from qsnap.host.capture import Background, Capture, Captured, DivergedError, Precopy, Record
-from qsnap.host.daemon import Receiving
+from qsnap.host.daemon import Daemon, Receiving
 from qsnap.host.disks import DiskCut, DiskPlan, image_of, plan_disks, tidy_disks
 from qsnap.host.held import HeldPrecopy
 from qsnap.host.journal import ABORTED, VOTED, Journal, Kind, Member, Operation
@@ -290,20 +290,21 @@ class Saving:
 
     async def _begin(self, vm: LiveVM, qmp: Qmp, disks: DiskCut, facts: Facts, engine: Engine) -> Capture:
         keeps_reading = engine is Engine.BACKGROUND and must_read_to_end(facts.qemu_version)
-        held = engine is Engine.PRECOPY and facts.holds and facts.running
+        held = engine is Engine.PRECOPY and facts.holds and facts.running and not vm.vm.keeper
         daemon, stream_fd = await self._receive(
-            vm.vm, await query_ram(qmp), engine, keeps_reading=keeps_reading, return_path=held
+            vm.vm, await query_ram(qmp), engine, keeps_reading=keeps_reading, held=held
         )
         if keeps_reading:
             self.readers[vm.vm.name] = daemon.read_to_end
         move_taps = (await self.links.prepare(self._moves(vm, self.live.active.other))).apply
+        force = self.order.engine is Engine.PRECOPY or bool(facts.background_refusal)
         capture: Capture
         if engine is Engine.RECORD:
             capture = Record(qmp, daemon, disks, facts.running, move_taps, force=True)
+        elif held and isinstance(daemon, Daemon):
+            capture = HeldPrecopy(qmp, daemon, disks, facts.running, move_taps, force=force, holder=daemon)
         elif engine is Engine.PRECOPY:
-            force = self.order.engine is Engine.PRECOPY or bool(facts.background_refusal)
-            kind = HeldPrecopy if held else Precopy
-            capture = kind(qmp, daemon, disks, facts.running, move_taps, force=force)
+            capture = Precopy(qmp, daemon, disks, facts.running, move_taps, force=force)
         else:
             capture = Background(
                 qmp,
@@ -313,11 +314,11 @@ class Saving:
                 move_taps,
                 keeps_paused=keeps_paused(facts.qemu_version),
             )
-        await capture.prepare(stream_fd, self.nursery)
+        await capture.prepare(stream_fd)
         return capture
 
     async def _receive(
-        self, vm: VM, ram: Mapping[str, int], engine: Engine, *, keeps_reading: bool, return_path: bool
+        self, vm: VM, ram: Mapping[str, int], engine: Engine, *, keeps_reading: bool, held: bool
     ) -> tuple[Receiving, int]:
         """What takes in a VM's stream, here or on the host that keeps it, and the descriptor for QEMU."""
         vne, directory, ram_bytes = self.live.vne, self.directory / vm.name, sum(ram.values())
@@ -332,14 +333,7 @@ class Saving:
             host = next(host for host in vne.hosts if host.name == vm.keeper)
             keeper, stream_fd = await self.sessions.enter_async_context(
                 self.open_keeper(
-                    self.nursery,
-                    host,
-                    keep,
-                    directory,
-                    keeps_reading=keeps_reading,
-                    heir=heir,
-                    on_bytes=on_bytes,
-                    return_path=return_path,
+                    self.nursery, host, keep, directory, keeps_reading=keeps_reading, heir=heir, on_bytes=on_bytes
                 )
             )
             self.keepers[vm.name] = keeper
@@ -353,7 +347,7 @@ class Saving:
                 heir=heir,
                 on_bytes=on_bytes,
                 vms=len(self.live.vms),
-                return_path=return_path,
+                held=held,
             )
         )
 

@@ -84,7 +84,7 @@ class StreamReader:
         self._at_eof = False
         self._ram_limit_bytes = ram_limit_bytes
         self._tail_limit_bytes = tail_limit_bytes
-        self._target_page_size = target_page_size
+        self.target_page_size = target_page_size
         self._ram: RamSetup | None = None
         self._blocks: dict[str, RAMBlock] = {}
         self._block: RAMBlock | None = None
@@ -93,6 +93,7 @@ class StreamReader:
         self._tail = Tail(target_page_size)
         self._tail_begin = 0
         self.state = State.CONFIGURATION
+        self.sections = 0  #: of RAM, that were read to their end; not counting the first, which announces it
         self._readers: dict[State, Callable[[Cursor], Event | None]] = {
             State.CONFIGURATION: self._read_configuration,
             State.SETUP: self._read_setup,
@@ -166,8 +167,8 @@ class StreamReader:
         while cursor.peek() == SectionType.SUBSECTION:
             self._read_subsection(cursor)
         self.state = State.SETUP
-        self._tail = Tail(self._target_page_size)
-        return Configuration(machine, self._target_page_size, bytes(self._buffer[begin : cursor.position]))
+        self._tail = Tail(self.target_page_size)
+        return Configuration(machine, self.target_page_size, bytes(self._buffer[begin : cursor.position]))
 
     def _read_subsection(self, cursor: Cursor) -> None:
         begin = cursor.skip(1)
@@ -181,7 +182,7 @@ class StreamReader:
             bits = int.from_bytes(content)
             if bits not in _TARGET_PAGE_BITS:
                 raise self._error(f"target pages of 2**{bits} bytes", begin)
-            self._target_page_size = 1 << bits
+            self.target_page_size = 1 << bits
 
     def _read_setup(self, cursor: Cursor) -> Event:
         begin = cursor.position
@@ -204,7 +205,7 @@ class StreamReader:
     def _read_blocks(self, cursor: Cursor) -> tuple[RAMBlock, ...]:
         begin = cursor.position
         word = cursor.u64()
-        left = word & ~(self._target_page_size - 1)
+        left = word & ~(self.target_page_size - 1)
         if word - left != RamFlag.MEM_SIZE:
             raise self._error("the RAM section does not announce its RAMBlocks", begin)
         if left > self._ram_limit_bytes:
@@ -213,7 +214,7 @@ class StreamReader:
         while left:
             begin = cursor.position
             block = RAMBlock(self._text(cursor.counted(), begin), cursor.u64())
-            if block.used_length % self._target_page_size or not 0 < block.used_length <= left:
+            if block.used_length % self.target_page_size or not 0 < block.used_length <= left:
                 raise self._error(f"RAMBlock {block.idstr!r} of {block.used_length} bytes", begin)
             if block.idstr in blocks or len(blocks) == _BLOCKS_LIMIT:
                 raise self._error(f"one RAMBlock too many: {block.idstr!r}", begin)
@@ -295,10 +296,10 @@ class StreamReader:
 
     def _read_run(self, cursor: Cursor, block: RAMBlock, flags: int) -> Event | None:
         begin = cursor.position
-        offsets = find_run(self._buffer, begin, self._end, block.used_length, self._target_page_size)
+        offsets = find_run(self._buffer, begin, self._end, block.used_length, self.target_page_size)
         if not offsets.size:
             return None
-        stride = WORD_BYTES + (self._target_page_size if flags == PAGE_CONTINUE else 1)
+        stride = WORD_BYTES + (self.target_page_size if flags == PAGE_CONTINUE else 1)
         cursor.skip(offsets.size * stride)
         if flags == ZERO_CONTINUE:
             return ZeroRun(block, offsets)
@@ -306,7 +307,7 @@ class StreamReader:
         return PageRun(block, offsets, positions, self._buffer)
 
     def _read_stretch(self, cursor: Cursor, block: RAMBlock) -> Event | None:
-        stretch = find_stretch(self._buffer, cursor.position, self._end, block.used_length, self._target_page_size)
+        stretch = find_stretch(self._buffer, cursor.position, self._end, block.used_length, self.target_page_size)
         cursor.position = stretch.end
         zeros = pages = None
         if stretch.zero_offsets:
@@ -322,13 +323,14 @@ class StreamReader:
     def _read_record(self, cursor: Cursor) -> Event | None:
         begin = cursor.position
         word = cursor.u64()
-        flags = RamFlag(word & (self._target_page_size - 1))
+        flags = RamFlag(word & (self.target_page_size - 1))
         if word == RamFlag.MULTIFD_FLUSH:
             return None
         if word == RamFlag.EOS:
             assert self._ram is not None
             self._read_footer(cursor, self._ram.section_id)
             self.state = State.SECTION
+            self.sections += 1
             return None
         if flags & ~RamFlag.CONTINUE not in (RamFlag.PAGE, RamFlag.ZERO):
             raise self._error(f"RAM record with flags {flags!r}, which are not supported", begin)
@@ -338,7 +340,7 @@ class StreamReader:
             raise self._error(f"page {page_offset:#x} lies outside RAMBlock {block.idstr!r}", begin)
         event: Event
         if flags & RamFlag.PAGE:
-            event = self._page_run(block, [page_offset], [cursor.skip(self._target_page_size)])
+            event = self._page_run(block, [page_offset], [cursor.skip(self.target_page_size)])
         else:
             if fill := cursor.u8():
                 raise self._error(f"a page filled with {fill:#x}, where only zero is expected", begin)

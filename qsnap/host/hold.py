@@ -1,0 +1,84 @@
+"""The receiver of a precopy that is held: QEMU makes passes until little is left, and then waits for the cut.
+
+It waits because nobody reads, and sends next to nothing meanwhile; now and then it makes another few passes, so that
+not much is left. All of this is done beside the stream, as the parent and its event loop would be too slow: a QEMU that
+waits for no reader makes up to 20,000 passes a second.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+from qsnap.host.streams import narrow_socket, widen_socket
+from qsnap.rules.convergence import Convergence
+from qsnap.wire.events import Event, PageRun, ZeroRun
+from qsnap.wire.records import RamSetup
+from qsnap.wire.stream import StreamReader
+
+FIRST_S, SHORTEST_S, LONGEST_S = 0.1, 0.01, 1.0  #: QEMU waits for so long between two times of catching up
+LEFT_PAGES = 512  #: more than these are not to be left for the pause
+
+
+class Hold:
+    """Holds the QEMU that writes to `inlet_fd` from the time when it has converged until `released` says so."""
+
+    def __init__(
+        self, inlet_fd: int, released: Callable[[float], bool], tell: Callable[[str], None], patience: float
+    ) -> None:
+        self._inlet = socket.socket(fileno=inlet_fd)  # while this is open, the stream does not end
+        self._released = released  # waits for so many seconds
+        self._tell = tell
+        self._patience = patience
+        self._convergence = Convergence(0)
+        self._blocks: dict[str, int] = {}
+        self._sections = 0
+        self._told = False
+        self._wait_s = FIRST_S
+        self._sent_before = 0
+        self.over = False
+
+    def follow(self, event: Event | None, reader: StreamReader) -> None:
+        """Look at what has come, and wait if it is time to."""
+        self._end_sections(reader.sections)
+        match event:
+            case RamSetup(blocks=blocks):
+                page_bytes = reader.target_page_size
+                ram_pages = sum(block.used_length for block in blocks) // page_bytes
+                self._convergence = Convergence(ram_pages, self._patience)
+                self._blocks = {block.idstr: number for number, block in enumerate(blocks)}
+            case PageRun(block, page_offsets) | ZeroRun(block, page_offsets):
+                number = self._blocks[block.idstr]
+                self._convergence.add(number, int(page_offsets.min()), int(page_offsets.max()), page_offsets.size)
+
+    def _end_sections(self, sections: int) -> None:
+        for _ in range(self._sections, sections):
+            self._convergence.end_section()
+        self._sections = sections
+        if self._convergence.converged:
+            self._say("settled")
+            self._wait()
+        elif self._convergence.hopeless:
+            self._say("diverged")
+
+    def _say(self, word: str) -> None:
+        if not self._told:
+            self._told = True
+            self._tell(word)
+
+    def _wait(self) -> None:
+        narrow_socket(self._inlet)
+        released = self._released(self._wait_s)
+        widen_socket(self._inlet)
+        if released:
+            self.end()
+            return
+        much = self._convergence.sent_again - self._sent_before > LEFT_PAGES
+        self._wait_s = max(self._wait_s / 2, SHORTEST_S) if much else min(2 * self._wait_s, LONGEST_S)
+        self._sent_before = self._convergence.sent_again
+        self._convergence.resume()
+
+    def end(self) -> None:
+        """It is released, while QEMU waited or not."""
+        self.over = True
+        self._inlet.close()
