@@ -56,7 +56,6 @@ class Hold:
             self._convergence.end_section()
         self._sections = sections
         if self._convergence.converged:
-            self._say("settled")
             self._wait()
         elif self._convergence.hopeless:
             self._say("diverged")
@@ -68,6 +67,7 @@ class Hold:
 
     def _wait(self) -> None:
         narrow_socket(self._inlet)
+        self._say("settled")
         released = self._released(self._wait_s)
         widen_socket(self._inlet)
         if released:

@@ -280,7 +280,10 @@ class Receiver:
         self._inlet.wait()
         if self._inlet.released and self._hold and not self._hold.over:
             self._hold.end()
-        count = os.readv(self._inlet.fd, [self._reader.get_buffer()])
+        try:
+            count = os.readv(self._inlet.fd, [self._reader.get_buffer()])
+        except ConnectionResetError:  # QEMU has closed its socket without looking for answers
+            count = 0
         self._reader.buffer_updated(count)
         self._received_bytes += count
         self._status.send_progress(self._received_bytes)

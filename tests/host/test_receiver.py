@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from qsnap.host.receiver import file_name
+from qsnap.host.streams import open_stream
 from tests.wire import building as b
 from tests.wire.folding import RECORDED, fold, read_recorded
 
@@ -29,15 +31,25 @@ class Daemon:
     """A receiver, the write end of its stream, and the parent's end of its status socket."""
 
     def __init__(
-        self, directory: Path, *options: str, stream: socket.socket | None = None, backed: str = "pc.ram"
+        self,
+        directory: Path,
+        *options: str,
+        stream: socket.socket | None = None,
+        backed: str = "pc.ram",
+        held: bool = False,
     ) -> None:
-        read_fd, write_fd = (stream.detach(), -1) if stream else os.pipe()
+        read_fd, write_fd = (stream.detach(), -1) if stream else open_stream(held=held)
         self.stream = os.fdopen(write_fd, "wb", buffering=0) if write_fd >= 0 else None
         self.status, theirs = socket.socketpair()
         self.status.settimeout(DEADLINE_S)
         command = [sys.executable, "-m", "qsnap.host.receiver", "--stream", str(read_fd), "--directory", str(directory)]
         command += ["--status", str(theirs.fileno()), "--backed", backed, "--ram-limit", str(1 << 26), *options]
-        self.process = subprocess.Popen(command, pass_fds=(read_fd, theirs.fileno()))
+        fds = [read_fd, theirs.fileno()]
+        if held:
+            assert os.read(write_fd, 64) == b"\0\1\0\4\0\0\0\0"  # QEMU is told that there will be no answers
+            fds.append(write_fd)
+            command += ["--inlet", str(write_fd)]
+        self.process = subprocess.Popen(command, pass_fds=fds)
         os.close(read_fd)
         theirs.close()
         self.lines = self.status.makefile("r")
@@ -200,6 +212,75 @@ def test_without_return_path_a_ping_is_not_answered(daemons: Any) -> None:
     assert daemon.finish(stream)["event"] == "done"
     again = fold([(daemon_directory(daemon) / "device.stream").read_bytes()])
     assert again.commands == []
+
+
+FIRST_PASS = b.part(
+    b.data_page(0, A, "pc.ram")
+    + b"".join(b.zero_page(index * b.PAGE) for index in range(1, 64))
+    + b"".join(b.zero_page(index * b.PAGE, "vga.vram") for index in range(4))
+)
+
+
+def write_while_it_goes(daemon: Daemon, data: bytes, timeout_s: float) -> int:
+    """How much of it can be written without waiting longer than that for room."""
+    assert daemon.stream is not None
+    os.set_blocking(daemon.stream.fileno(), False)
+    done = 0
+    while done < len(data) and select.select([], [daemon.stream], [], timeout_s)[1]:
+        done += daemon.stream.write(data[done:]) or 0
+    os.set_blocking(daemon.stream.fileno(), True)
+    return done
+
+
+def test_who_is_held_waits_when_little_is_left(daemons: Any, tmp_path: Path) -> None:
+    daemon = daemons(held=True)
+    again = b.part(b.data_page(0, B, "pc.ram"))
+    daemon.send(b.header() + b.setup(BLOCKS) + FIRST_PASS)
+    assert daemon.message() == {"event": "tracking"}
+    daemon.send(again * 2)
+    assert daemon.message() == {"event": "settled"}
+    sections = again * 1000
+    done = write_while_it_goes(daemon, sections, 0.02)
+    assert done < len(sections) / 10
+    rest = sections[done:]
+    caught_up = write_while_it_goes(daemon, rest, 3.0)  # now and then it may go on
+    assert caught_up > 0
+    daemon.status.send(b".")
+    daemon.send(rest[caught_up:])
+    assert daemon.finish(b.end() + b.devices())["event"] == "done"
+    assert (tmp_path / "pc.ram.ram").read_bytes() == B + bytes(63 * b.PAGE)
+    assert daemon.exit_code() == 0
+
+
+def test_who_is_let_go_at_once_is_never_held(daemons: Any) -> None:
+    daemon = daemons(held=True)
+    daemon.status.send(b".")
+    daemon.send(b.header() + b.setup(BLOCKS) + FIRST_PASS + b.part(b"") * 1000)
+    assert daemon.finish(b.end() + b.devices())["event"] == "done"
+
+
+def test_who_sends_too_much_again_is_said_to_diverge(daemons: Any) -> None:
+    daemon = daemons("--patience", "1.5", held=True)
+    daemon.send(b.header() + b.setup({"pc.ram": 4096 * b.PAGE}))
+    whole = b.part(b.zero_page(0, "pc.ram") + b"".join(b.zero_page(index * b.PAGE) for index in range(1, 4096)))
+    daemon.send(whole * 2)
+    assert daemon.message() == {"event": "tracking"}
+    daemon.send(whole)
+    assert daemon.message() == {"event": "diverged"}
+    daemon.status.send(b".")
+    assert daemon.finish(b.end() + b.devices())["event"] == "done"
+
+
+def test_who_is_held_when_the_parent_is_gone_can_go_on(daemons: Any) -> None:
+    daemon = daemons(held=True)
+    daemon.send(b.header() + b.setup(BLOCKS) + FIRST_PASS + b.part(b"") * 2)
+    assert daemon.message() == {"event": "tracking"}
+    assert daemon.message() == {"event": "settled"}
+    daemon.lines.close()
+    daemon.status.close()
+    assert daemon.exit_code() == 6
+    with pytest.raises(BrokenPipeError):
+        daemon.send(bytes(1 << 20))
 
 
 def daemon_directory(daemon: Daemon) -> Path:

@@ -31,7 +31,7 @@ def make_late(vm: str) -> None:
             await trio.sleep(LATE_S)
         await stop(self)
 
-    Background.halt = not_yet  # type: ignore[method-assign]
+    Background.halt = not_yet  # type: ignore[assignment, method-assign]
     Background.stop = late  # type: ignore[method-assign]
 
 

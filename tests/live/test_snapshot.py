@@ -12,7 +12,7 @@ import trio
 
 import qsnap
 from qsnap import Backing, Cut, Engine
-from qsnap.host import capture, saving
+from qsnap.host import capture, daemon, saving
 from qsnap.host.capture import Bounds, Precopy
 from tests.live.lab import QEMU_7, QEMU_11, check_continues, judge, make_vne, open_consoles, statuses, wait_ready
 
@@ -66,14 +66,42 @@ def check_measurements(saved: qsnap.Snapshot, engine: Engine) -> None:
         assert max(stops) <= min(vm.measurements.start_instant_s for vm in saved.vms)
 
 
+LONG_S = 3.0
+
+
+async def test_a_vm_that_waits_for_others_is_followed(place: qsnap.Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it writes until all are ready is saved by then, but for the last: it runs on, and its pause is short."""
+    settle = saving.Saving._settle_disks
+
+    async def dawdle(self: saving.Saving) -> None:
+        await trio.sleep(LONG_S)
+        await settle(self)
+
+    monkeypatch.setattr(saving.Saving, "_settle_disks", dawdle)
+    await qsnap.up(make_vne("slow", vms=1, memory=192 << 20, guest={"rate_mb": 20, "dirty_mb": 48}), place=place)
+    async with open_consoles("slow", place, 1) as consoles:
+        await wait_ready(consoles)
+        saved = await qsnap.snapshot("slow", "cut", engine=Engine.PRECOPY, place=place)
+        taken = saved.vms[0].measurements
+        assert taken.stop_instant_s > taken.start_instant_s + LONG_S
+        written = 20 * LONG_S * 2**20 / 4096
+        assert 0 < taken.last_iteration_pages < written / 4
+        assert judge(saved, place).wrong_stamps == 0
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held", "on its own"])
 @pytest.mark.parametrize("engine", [Engine.AUTO, Engine.PRECOPY])
 async def test_a_guest_that_outruns_precopy(
-    engine: Engine, place: qsnap.Place, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, held: bool, place: qsnap.Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is saved all the same: by background where auto may choose, by force where precopy was asked for."""
-    hasty = partial(Precopy, bounds=Bounds(passes_at_first_limit=0, last_limit_ms=0, passes=1))
-    monkeypatch.setattr(saving, "Precopy", hasty)
-    monkeypatch.setattr(capture, "DOWNTIME_LIMIT_MS", 0)
+    if held:
+        monkeypatch.setattr(daemon, "PATIENCE", 0.1)
+    else:
+        hasty = partial(Precopy, bounds=Bounds(passes_at_first_limit=0, last_limit_ms=0, passes=1))
+        monkeypatch.setattr(saving, "Precopy", hasty)
+        monkeypatch.setattr(saving, "can_hold", lambda *_, **__: False)
+        monkeypatch.setattr(capture, "DOWNTIME_LIMIT_MS", 0)
     vne = make_vne(
         "fast", vms=1, memory=192 << 20, backing=qsnap.Backing.ANONYMOUS, guest={"rate_mb": 1000, "dirty_mb": 48}
     )

@@ -10,7 +10,7 @@ from attrs import evolve
 
 from qsnap.errors import EngineRefusedError
 from qsnap.model import Accelerator, Engine
-from qsnap.rules.engine import Decision, Facts, choose_engine, must_read_to_end
+from qsnap.rules.engine import Decision, Facts, Version, can_hold, choose_engine, must_read_to_end
 
 PLAIN = Facts(
     vm="web",
@@ -29,6 +29,10 @@ MEMORY = "Background-snapshot is not compatible with guest memory configuration"
     [
         ({}, Engine.PRECOPY),
         ({"hugetlb": True}, Engine.BACKGROUND),
+        ({"hugetlb": True, "holds": True}, Engine.PRECOPY),
+        ({"hugetlb": True, "holds": True, "precopy_refusal": "VFIO"}, Engine.BACKGROUND),
+        ({"hugetlb": True, "holds": True, "ram_blocks": 2}, Engine.BACKGROUND),
+        ({"waits": True, "holds": True}, Engine.PRECOPY),
         ({"waits": True}, Engine.BACKGROUND),
         ({"waits": True, "background_refusal": MEMORY}, Engine.PRECOPY),
         ({"hugetlb": True, "background_refusal": MEMORY}, Engine.PRECOPY),
@@ -47,6 +51,24 @@ def test_auto(changes: dict[str, Any], engine: Engine) -> None:
     decision = choose_engine(Engine.AUTO, evolve(PLAIN, **changes))
     assert decision.engine is engine
     assert decision.reason
+
+
+@pytest.mark.parametrize(
+    ("version", "machine", "told", "holds"),
+    [
+        ((7, 2, 22), "pc-i440fx-7.2", True, False),
+        ((8, 0, 5), "pc-i440fx-8.0", False, False),
+        ((8, 1, 0), "pc-i440fx-8.1", False, True),
+        ((10, 0, 2), "microvm", False, True),
+        ((11, 1, 3), "pc-q35-11.1", False, False),
+        ((11, 1, 3), "pc-q35-11.1", True, True),
+        ((11, 1, 3), "pc-i440fx-9.2", False, True),
+        ((11, 1, 3), "microvm", False, False),
+        ((12, 0, 0), "virt-11.0", False, True),
+    ],
+)
+def test_which_qemu_can_be_held(version: Version, machine: str, told: bool, holds: bool) -> None:
+    assert can_hold(version, machine, told=told) is holds
 
 
 def decide(wish: Engine, facts: Facts) -> Decision | EngineRefusedError:
