@@ -50,27 +50,40 @@ async def run_each(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
     return results
 
 
+_uncollected: list[None] = []  # one for each block that is open: operations overlap
+_usual: list[tuple[int, os.sched_param]] = []  # how the kernel schedules this process outside
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """No garbage is collected inside, but for what no cycle holds."""
     gc.disable()
+    _uncollected.append(None)
     try:
         yield
     finally:
-        gc.enable()
+        _uncollected.pop()
+        if not _uncollected:
+            gc.enable()
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Milliseconds count inside: no garbage is collected and, where that is allowed, no other program goes first."""
-    usual = os.sched_getscheduler(0), os.sched_getparam(0)
     with uncollected():
-        with suppress(PermissionError):  # it takes CAP_SYS_NICE
-            os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+        _usual.append(_usual[0] if _usual else (os.sched_getscheduler(0), os.sched_getparam(0)))
+        _schedule(os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
         try:
             yield
         finally:
-            os.sched_setscheduler(0, *usual)
+            usual = _usual.pop()
+            if not _usual:
+                _schedule(*usual)
+
+
+def _schedule(policy: int, parameters: os.sched_param) -> None:
+    with suppress(PermissionError):  # it takes CAP_SYS_NICE
+        os.sched_setscheduler(0, policy, parameters)
 
 
 @contextmanager
