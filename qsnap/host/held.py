@@ -22,6 +22,7 @@ class HeldPrecopy(Precopy):
     """
 
     holder: Daemon = field(kw_only=True)  #: the daemon, which holds QEMU
+    early: bool = False  #: somebody else has stopped the VM
 
     capabilities = HELD_CAPABILITIES
 
@@ -31,11 +32,24 @@ class HeldPrecopy(Precopy):
         await self._start_migration()
         with one_error():
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._wait_migration, "pre-switchover")  # raises what ends the migration
+                nursery.start_soon(self._watch_for_end, nursery.cancel_scope)
                 if not await self.holder.wait_settled():
+                    await self.holder.let_go()  # or it would not see the end of a stream that is given up
                     self._refuse_unless_forced()
                 nursery.cancel_scope.cancel()
         self.passes = (await self.qmp.execute("query-migrate")).get("ram", {}).get("dirty-sync-count", 0)
+
+    async def _watch_for_end(self, waiting: trio.CancelScope) -> None:
+        """Raise what ends the migration. It comes to its end by itself if somebody else stops the VM."""
+        await self._wait_migration("pre-switchover")
+        self.early = True
+        waiting.cancel()
+
+    def _mark_stop(self) -> None:
+        if self.early:
+            self.mark = self.began
+        else:
+            super()._mark_stop()
 
     async def halt(self, nursery: trio.Nursery) -> None:
         await Capture.halt(self, nursery)

@@ -153,7 +153,7 @@ class Saving:
     readers: dict[str, Reader] = field(factory=dict)
     keepers: dict[str, Keeper] = field(factory=dict)  #: of VMs that other hosts keep
     urgent: ExitStack = field(factory=ExitStack)  #: from the vote to the end of the cut
-    watch: trio.CancelScope = field(factory=trio.CancelScope)
+    watches: list[trio.CancelScope] = field(factory=list)  #: over the VMs
     directory: Path = field(init=False)
     vms: tuple[VMSnapshot, ...] = ()
 
@@ -170,7 +170,6 @@ class Saving:
         boot = await keep_boot_files(self.store, vne, [() if vm.boot else vm.hardware for vm in self.live.vms])
         vms = [evolve(vm, boot=vm.boot or files) for vm, files in zip(self.live.vms, boot, strict=True)]
         self.members = await run_all([partial(self._prepare, vm) for vm in vms])
-        self.nursery.start_soon(self._watch)
         self.urgent.enter_context(undisturbed())
 
     async def cut(self) -> None:
@@ -197,7 +196,7 @@ class Saving:
             await self.links.apply(plan_return(self.live.vne))
         known = await self._known_files()
         vms = await run_all([partial(self._record, member, known) for member in self.members])
-        self.watch.cancel()
+        self._end_watches()
         own = [shifted(vm, self.order.clock_offset_s) for vm in vms]
         await run_all([partial(self.keepers[vm.vm.name].hold, vm) for vm in own if vm.kept_on])
         self.vms = (*own, *await self.keeping.wait_all())
@@ -220,7 +219,7 @@ class Saving:
 
     async def undo(self) -> None:
         """Put things right while the sessions are open: the VMs run at once, and no stream breaks."""
-        self.watch.cancel()
+        self._end_watches()
         await self.keeping.close()
         if self.in_doubt:
             self.journal.note(ABORTED)
@@ -242,9 +241,14 @@ class Saving:
         part = Snapshot(name, vne, self.order.cut, outcome.created_s, self.vms, operation=self.order.id)
         return outcome.applied(part)
 
-    async def _watch(self) -> None:
-        with self.watch:
-            await run_all([partial(raise_if_it_ends, qmp) for qmp in self.qmps.values()])
+    async def _watch(self, qmp: Qmp) -> None:
+        with trio.CancelScope() as scope:
+            self.watches.append(scope)
+            await raise_if_it_ends(qmp)
+
+    def _end_watches(self) -> None:
+        for scope in self.watches:
+            scope.cancel()
 
     async def _settle_disks(self) -> None:
         await run_all([member.disks.settle for member in self.members])
@@ -256,6 +260,7 @@ class Saving:
         qmp = await open_session(self.sessions, self.runtime, self.live.vne.name, vm.vm.name)
         self.qmps[vm.vm.name] = qmp
         await refuse_ended(qmp)
+        self.nursery.start_soon(self._watch, qmp)
         plan = await self._plan_disks(vm, qmp)
         self.journal.add(Member(vm.vm.name, await is_running(qmp), plan))
         if vm.settings:

@@ -9,7 +9,8 @@ import pytest
 
 import qsnap
 from qsnap import Cut
-from qsnap.host.capture import Background, Capture, Precopy
+from qsnap.host.capture import Background, Capture
+from qsnap.host.held import HeldPrecopy
 from tests.live.lab import QEMU_7, QEMU_11
 from tests.live.test_faults import check_nothing_left
 from tests.live.tiny import check_echo, make_boot_disk, make_tiny_vne, strike_before, tell, wait_state
@@ -24,7 +25,7 @@ ENDS = [
 CAPTURES = [
     pytest.param(QEMU_7, Background, Cut.COLOUR, id="7-background"),
     pytest.param(QEMU_11, Background, Cut.BARRIER, id="11-background-barrier"),
-    pytest.param(QEMU_11, Precopy, Cut.COLOUR, id="11-precopy"),
+    pytest.param(QEMU_11, HeldPrecopy, Cut.COLOUR, id="11-precopy"),
 ]
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 import qsnap
-from qsnap.host.capture import Background, Capture, Precopy
+from qsnap.host.capture import Background, Capture
+from qsnap.host.held import HeldPrecopy
 from tests.live.lab import QEMU_7, QEMU_11
 from tests.live.test_faults import check_nothing_left
 from tests.live.tiny import check_echo, make_boot_disk, make_tiny_vne, strike_before
 
 BOTH = ["vm1", "vm2"]
-ENGINES: list[type[Capture]] = [Background, Precopy]
+ENGINES: list[type[Capture]] = [Background, HeldPrecopy]
 
 
 def cut_connections(path: str) -> None:
@@ -91,7 +92,7 @@ async def test_the_connection_ends(
         await check_nothing_left("lab", place, ["running"] * 2)
 
 
-@pytest.mark.parametrize(("qemu", "engine"), [(QEMU_7, Background), (QEMU_11, Background), (QEMU_11, Precopy)])
+@pytest.mark.parametrize(("qemu", "engine"), [(QEMU_7, Background), (QEMU_11, Background), (QEMU_11, HeldPrecopy)])
 async def test_no_socket_answers_for_a_while(
     qemu: str, engine: type[Capture], place: qsnap.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from attrs import evolve
 
 from qsnap.model import VM, Accelerator, Disk, Nic
 from qsnap.rules.command import (
+    TOLD_TO_HOLD,
     AnonymousRam,
     Backends,
     FilledRam,
@@ -103,6 +104,14 @@ def test_commas_in_a_path_are_no_new_option() -> None:
     command = plan_command(VM_, "lab/web", (), Accelerator.TCG, BACKENDS)
     sockets = [word for word in command if word.startswith("socket,")]
     assert all("path=/run/q,,snap/web/" in word for word in sockets)
+
+
+def test_qemu_is_told_to_wait_with_its_switchover_only_where_it_has_to_be() -> None:
+    without = plan_command(VM_, "lab/web", (), Accelerator.TCG, BACKENDS)
+    told = plan_command(VM_, "lab/web", (), Accelerator.TCG, BACKENDS, told_to_hold=True)
+    assert TOLD_TO_HOLD not in without
+    assert told[told.index(TOLD_TO_HOLD) - 1] == "-global"
+    assert len(told) == len(without) + 2
 
 
 def test_flash_memory_belongs_to_the_machine() -> None:
