@@ -2,8 +2,8 @@
 
 The hosts are network namespaces of one machine, each with an agent of its own process; the coordinator is on a further
 host. `discrepancy_ms` is from the first VM's STOP to the last one's, on one clock: each agent's offset is measured and
-taken off. The downtime is that of the VMs, their median and the longest. The guests' memory is in huge pages and the
-engine always `background`: so the pause is the shortest, and the same engine's with either cut and on any hosts.
+taken off. The downtime is that of the VMs, their median and the longest. The guests' memory is in huge pages, and the
+engine the one that `auto` takes, the same with either cut and on any hosts.
 
 `stall_ms` is the longest time for which any guest's incoming TCP stream, of 4 Mbit/s and from a guest on another host,
 made no progress while a snapshot was taken: the guests' own byte counters, read every millisecond. Over 30 snapshots
@@ -189,7 +189,7 @@ async def end(fleet: Fleet) -> None:
 
 async def save(whole: qsnap.VNE, cut: Cut, *, place: qsnap.Place) -> Saved:
     """A snapshot, as `qsnap.snapshot` takes it, by one who looks at the time."""
-    order = SnapshotOrder(VNE, SNAPSHOT, Engine.BACKGROUND, cut)
+    order = SnapshotOrder(VNE, SNAPSHOT, Engine.AUTO, cut)
     sealed_s: dict[str, float] = {}
 
     def note(stage: str, vm: str, done: int, total: int) -> None:

@@ -295,7 +295,7 @@ class Saving:
 
     async def _begin(self, vm: LiveVM, qmp: Qmp, disks: DiskCut, facts: Facts, engine: Engine) -> Capture:
         keeps_reading = engine is Engine.BACKGROUND and must_read_to_end(facts.qemu_version)
-        held = engine is Engine.PRECOPY and facts.holds and facts.running and not vm.vm.keeper
+        held = engine is Engine.PRECOPY and facts.holds and facts.running
         daemon, stream_fd = await self._receive(
             vm.vm, await query_ram(qmp), engine, keeps_reading=keeps_reading, held=held
         )
@@ -463,7 +463,7 @@ async def gather_facts(qmp: Qmp, vm: LiveVM, *, waits: bool) -> Facts:
         background_refusal=await probe_background(qmp),
         precopy_refusal=await probe_migration(qmp),
         ram_blocks=len(await query_ram(qmp)),
-        holds=can_hold(vm.qemu_version, vm.machine_type, told=_is_told_to_hold(vm.process)),
+        holds=not vm.vm.keeper and can_hold(vm.qemu_version, vm.machine_type, told=_is_told_to_hold(vm.process)),
         waits=waits,
     )
 

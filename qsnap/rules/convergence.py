@@ -10,6 +10,8 @@ from attrs import define
 
 SHORT_PAGES = 256  #: a pass of no more leaves as little for a pause
 LONG_PAGES = 2048  #: and of no more, where memory changes fast
+SHORT_SECTIONS = 20  #: that may go by until then, and
+SECTIONS = 400  #: in all: 20 s, where they are long
 PATIENCE = 4.0  #: times the RAM that may be sent again
 
 Key = tuple[int, int]  #: the number of a RAMBlock, and an offset in it
@@ -23,6 +25,7 @@ class Convergence:
     patience: float = PATIENCE
     all_sent: bool = False  #: each page was, once
     sent_again: int = 0  #: pages, since then
+    sections: int = 0  #: since then
     _short: int = 0  # sections in a row
     _pages: int = 0
     _first: Key | None = None  # page of this section
@@ -40,8 +43,10 @@ class Convergence:
         if self._first is None or self._first <= self._before:
             self.all_sent = True
         if self.all_sent:
+            self.sections += 1
             self.sent_again += self._pages
-            limit = SHORT_PAGES if self.sent_again < self.ram_pages / 2 else LONG_PAGES
+            fast = self.sections > SHORT_SECTIONS or self.sent_again > self.ram_pages / 2
+            limit = LONG_PAGES if fast else SHORT_PAGES
             self._short = self._short + 1 if self._pages <= limit else 0
         if self._first is not None:
             self._before = self._last
@@ -59,4 +64,4 @@ class Convergence:
     @property
     def hopeless(self) -> bool:
         """Whether it goes on for too long."""
-        return self.sent_again > self.patience * self.ram_pages
+        return self.sent_again > self.patience * self.ram_pages or self.sections > SECTIONS

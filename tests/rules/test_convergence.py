@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsnap.rules.convergence import LONG_PAGES, PATIENCE, SHORT_PAGES, Convergence
+from qsnap.rules.convergence import LONG_PAGES, PATIENCE, SECTIONS, SHORT_PAGES, SHORT_SECTIONS, Convergence
 
 PAGE = 4096
 RAM_PAGES = 65536
@@ -58,15 +58,26 @@ def test_a_long_pass_between_them() -> None:
     assert convergence.converged
 
 
-def test_more_is_put_up_with_where_memory_changes_fast() -> None:
+@pytest.mark.parametrize("dirty", [LONG_PAGES, SHORT_PAGES + 1])
+def test_more_is_put_up_with_where_memory_changes_fast(dirty: int) -> None:
     convergence = Convergence(RAM_PAGES)
     send_all(convergence, 20000)
     sections = 0
     while not convergence.converged:
-        send(convergence, list(range(LONG_PAGES)))
+        send(convergence, list(range(dirty)))
         sections += 1
-    assert sections * LONG_PAGES >= RAM_PAGES / 2
+    assert sections * dirty >= RAM_PAGES / 2 or sections > SHORT_SECTIONS
     assert not convergence.hopeless
+
+
+def test_what_takes_too_long_is_hopeless_even_if_it_is_not_much() -> None:
+    convergence = Convergence(1 << 24)
+    send(convergence, [])
+    for _ in range(SECTIONS):
+        assert not convergence.hopeless
+        send(convergence, list(range(LONG_PAGES + 1)))
+    assert convergence.hopeless
+    assert not convergence.converged
 
 
 def test_what_never_becomes_less_is_hopeless() -> None:
