@@ -16,7 +16,7 @@ from attrs import define, evolve, field, frozen
 
 from qsnap.errors import AttachRefusedError
 from qsnap.model import VM, Nic
-from qsnap.rules.command import DISK_NODE, RAM_ID
+from qsnap.rules.command import DISK_NODE, RAM_ID, TOLD_TO_HOLD
 from qsnap.rules.options import Properties, escape, parse_properties, split_options
 
 _KEPT_FLAGS = "nodefaults no-user-config no-reboot no-shutdown no-acpi no-hpet no-fd-bootchk usb win2k-hack"
@@ -158,6 +158,8 @@ class _Adopting:
 
     def _translate(self, option: str, argument: str) -> list[str]:
         """What becomes of one option."""
+        if argument == TOLD_TO_HOLD:  # nothing that the guest sees, and older QEMUs do not know it
+            return []
         if option in _KEPT_FLAGS.split():
             return [f"-{option}"]
         if option in _KEPT.split():

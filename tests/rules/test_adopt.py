@@ -34,6 +34,7 @@ def hardware(text: str, machine_type: str = "pc-i440fx-7.2") -> str:
     ("given", "expected"),
     [
         ("-m 1G", "-m 1G"),
+        ("-global migration.switchover-ack-legacy=on -global a.b=c", "-global a.b=c"),
         ("-name x -pidfile p -D log -daemonize -S -accel kvm -enable-kvm -display gtk -vnc :1 -monitor stdio", ""),
         ("-machine q35,accel=kvm:tcg -M usb=off", ""),
         ("-kernel vmlinuz -append 'a b'", "-kernel /home/me/vmlinuz -append 'a b'"),
