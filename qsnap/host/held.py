@@ -5,11 +5,15 @@ from __future__ import annotations
 import trio
 from attrs import define, field
 
-from qsnap.host.capture import HAND_OVER, Capture, Precopy
+from qsnap.host.capture import HAND_OVER, Capture, Captured, Precopy
 from qsnap.host.daemon import Daemon
 from qsnap.host.migration import HELD_CAPABILITIES, STEP_TIMEOUT_S, cont
 from qsnap.host.qmp import Command, QmpError, deadline
 from qsnap.host.tasks import one_error, run_all
+
+#: QEMU looks for what has become dirty when less is left than may be sent in 1 ms at this rate. At the rate that it
+#: measures that would be nothing while it is held, and until 10.0 it then never looks (`migration_iteration_run`).
+SWITCHOVER_BYTES_S = 100_000_000
 
 
 @define
@@ -29,6 +33,7 @@ class HeldPrecopy(Precopy):
     async def prepare(self, stream_fd: int) -> None:
         """The passes are made here. Raises DivergedError where memory changes too fast for them."""
         await super().prepare(stream_fd)
+        await self._assume_bandwidth(SWITCHOVER_BYTES_S)
         await self._start_migration()
         with one_error():
             async with trio.open_nursery() as nursery:
@@ -38,6 +43,14 @@ class HeldPrecopy(Precopy):
                     self._refuse_unless_forced()
                 nursery.cancel_scope.cancel()
         self.passes = (await self.qmp.execute("query-migrate")).get("ram", {}).get("dirty-sync-count", 0)
+
+    async def _assume_bandwidth(self, bytes_s: int) -> None:
+        await self.qmp.execute("migrate-set-parameters", {"avail-switchover-bandwidth": bytes_s})
+
+    async def complete(self) -> Captured:
+        captured = await super().complete()
+        await self._assume_bandwidth(0)  # what it measures
+        return captured
 
     async def _watch_for_end(self, waiting: trio.CancelScope) -> None:
         """Raise what ends the migration. It comes to its end by itself if somebody else stops the VM."""

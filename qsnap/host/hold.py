@@ -8,6 +8,7 @@ waits for no reader makes up to 20,000 passes a second.
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 
 from qsnap.host.streams import narrow_socket, widen_socket
@@ -17,6 +18,8 @@ from qsnap.wire.records import RamSetup
 from qsnap.wire.stream import StreamReader
 
 FIRST_S, SHORTEST_S, LONGEST_S = 0.1, 0.01, 1.0  #: QEMU waits for so long between two times of catching up
+#: Until 10.0, QEMU looks for what is dirty only after the first 100 ms (BUFFER_DELAY, migration/migration.c).
+BEGIN_S = 0.12
 LEFT_PAGES = 512  #: more than these are not to be left for the pause
 
 
@@ -34,6 +37,7 @@ class Hold:
         self._blocks: dict[str, int] = {}
         self._sections = 0
         self._told = False
+        self._begun_s = 0.0
         self._wait_s = FIRST_S
         self._sent_before = 0
         self.over = False
@@ -46,6 +50,7 @@ class Hold:
                 page_bytes = reader.target_page_size
                 ram_pages = sum(block.used_length for block in blocks) // page_bytes
                 self._convergence = Convergence(ram_pages, self._patience)
+                self._begun_s = time.monotonic()
                 self._blocks = {block.idstr: number for number, block in enumerate(blocks)}
             case PageRun(block, page_offsets) | ZeroRun(block, page_offsets):
                 number = self._blocks[block.idstr]
@@ -67,8 +72,10 @@ class Hold:
 
     def _wait(self) -> None:
         narrow_socket(self._inlet)
-        self._say("settled")
-        released = self._released(self._wait_s)
+        early_s = self._begun_s + BEGIN_S - time.monotonic()
+        if early_s <= 0:
+            self._say("settled")
+        released = self._released(early_s if early_s > 0 else self._wait_s)
         widen_socket(self._inlet)
         if released:
             self.end()

@@ -17,6 +17,7 @@ class MigrationSettings:
     capabilities: tuple[str, ...]
     max_bandwidth: int  #: bytes a second
     downtime_limit: int  #: ms
+    switchover_bandwidth: int | None = None  #: bytes a second, 0 for what QEMU measures; not every QEMU knows it
 
 
 async def read_settings(qmp: Qmp) -> MigrationSettings:
@@ -28,6 +29,7 @@ async def read_settings(qmp: Qmp) -> MigrationSettings:
         capabilities=tuple(each["capability"] for each in capabilities if each["state"]),
         max_bandwidth=parameters["max-bandwidth"],
         downtime_limit=parameters["downtime-limit"],
+        switchover_bandwidth=parameters.get("avail-switchover-bandwidth"),
     )
 
 
@@ -39,6 +41,8 @@ async def set_aside(qmp: Qmp, settings: MigrationSettings) -> None:
 async def put_back(qmp: Qmp, settings: MigrationSettings) -> None:
     """Set all as it was, unless the VM has died."""
     limits = {"max-bandwidth": settings.max_bandwidth, "downtime-limit": settings.downtime_limit}
+    if settings.switchover_bandwidth is not None:
+        limits["avail-switchover-bandwidth"] = settings.switchover_bandwidth
     with trio.CancelScope(shield=True), suppress(QemuGoneError):
         await _switch(qmp, settings.capabilities, on=True)
         await qmp.execute("migrate-set-parameters", limits)

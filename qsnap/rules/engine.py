@@ -26,7 +26,7 @@ _BLOCKED = "No engine can save such a VM: take away what is named, and start it 
 
 TCG_PRECOPY_SINCE: Version = (9, 0, 0)  #: "dirty bitmap coherency with TCG memory access"; corrupt images before
 
-SWITCHOVER_ACK_SINCE: Version = (8, 1, 0)
+HELD_SINCE: Version = (8, 2, 0)  #: switchover-ack is one older, avail-switchover-bandwidth is not
 SWITCHOVER_ACK_OPTIONAL_SINCE: Version = (11, 1, 0)  #: waited for if a device asks for it; machines of before: always
 
 TRACKING_ENDS_ON_CANCEL_SINCE: Version = (8, 1, 0)
@@ -76,7 +76,7 @@ def can_hold(version: Version, machine_type: str, *, told: bool) -> bool:
     """Whether QEMU can be kept from the end of a precopy, so that the VM runs until it is stopped for the cut."""
     numbers = re.search(r"-(\d+)\.(\d+)$", machine_type)
     of_before = numbers is not None and (int(numbers[1]), int(numbers[2]), 0) < SWITCHOVER_ACK_OPTIONAL_SINCE
-    return version >= SWITCHOVER_ACK_SINCE and (told or of_before or not must_be_told_to_hold(version))
+    return version >= HELD_SINCE and (told or of_before or not must_be_told_to_hold(version))
 
 
 def keeps_paused(version: Version) -> bool:

@@ -11,12 +11,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qsnap.host.hold import BEGIN_S
 from qsnap.host.receiver import file_name
 from qsnap.host.streams import open_stream
 from tests.wire import building as b
@@ -237,7 +239,7 @@ def test_who_is_held_waits_when_little_is_left(daemons: Any, tmp_path: Path) -> 
     again = b.part(b.data_page(0, B, "pc.ram"))
     daemon.send(b.header() + b.setup(BLOCKS) + FIRST_PASS)
     assert daemon.message() == {"event": "tracking"}
-    daemon.send(again * 2)
+    daemon.send(again * 20)
     assert daemon.message() == {"event": "settled"}
     sections = again * 1000
     done = write_while_it_goes(daemon, sections, 0.02)
@@ -275,6 +277,8 @@ def test_who_is_held_when_the_parent_is_gone_can_go_on(daemons: Any) -> None:
     daemon = daemons(held=True)
     daemon.send(b.header() + b.setup(BLOCKS) + FIRST_PASS + b.part(b"") * 2)
     assert daemon.message() == {"event": "tracking"}
+    time.sleep(2 * BEGIN_S)  # it is not believed at once
+    daemon.send(b.part(b"") * 3)
     assert daemon.message() == {"event": "settled"}
     daemon.lines.close()
     daemon.status.close()

@@ -58,7 +58,8 @@ def test_auto(changes: dict[str, Any], engine: Engine) -> None:
     [
         ((7, 2, 22), "pc-i440fx-7.2", True, False),
         ((8, 0, 5), "pc-i440fx-8.0", False, False),
-        ((8, 1, 0), "pc-i440fx-8.1", False, True),
+        ((8, 1, 5), "pc-i440fx-8.1", False, False),
+        ((8, 2, 0), "pc-i440fx-8.2", False, True),
         ((10, 0, 2), "microvm", False, True),
         ((11, 1, 3), "pc-q35-11.1", False, False),
         ((11, 1, 3), "pc-q35-11.1", True, True),
