@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 import qsnap
-from qsnap.host.capture import Background, Capture, Precopy
+from qsnap.host.capture import Background, Capture
+from qsnap.host.held import HeldPrecopy
 from tests.live.test_faults import check_nothing_left, receivers
 from tests.live.tiny import check_echo, make_boot_disk, make_tiny_vne, strike_before
 
-ENGINES: list[type[Capture]] = [Background, Precopy]
+STREAMS_FROM: dict[type[Capture], str] = {Background: "stop", HeldPrecopy: "_start_migration"}  #: the step
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def remount(directory: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(directory)], check=True)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", STREAMS_FROM)
 async def test_no_memory_for_the_receiver(
     engine: type[Capture], place: qsnap.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,7 +45,7 @@ async def test_no_memory_for_the_receiver(
     async with qsnap.running(make_tiny_vne("lab", make_boot_disk(tmp_path / "boot.img"), vms=2), place=place):
         await check_echo("lab", ["vm1", "vm2"], place)
         with monkeypatch.context() as patch:
-            strike_before(patch, "stop", "vm2", starve, engine)
+            strike_before(patch, STREAMS_FROM[engine], "vm2", starve, engine)
             with pytest.raises(qsnap.HostError, match=r"VM vm2: .*memory"):
                 await qsnap.snapshot("lab", "doomed", engine=engine.engine, place=place)
         await check_nothing_left("lab", place, ["running"] * 2)
