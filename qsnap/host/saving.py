@@ -267,7 +267,9 @@ class Saving:
             await set_aside(qmp, vm.settings)
             self.sessions.push_async_callback(put_back, qmp, vm.settings)
         facts = evolve(
-            await gather_facts(qmp, vm, waits=self.order.cut is Cut.BARRIER and self._several),
+            await gather_facts(qmp, vm),
+            several=self._several,
+            waits=self.order.cut is Cut.BARRIER and self._several,
             copies_disks=bool(plan.of(DiskEngine.COPY)),
         )
         decision = choose_engine(self.order.engine, facts)
@@ -452,7 +454,7 @@ def record_limit(ram_bytes: int) -> int:
     return RECORD_LIMIT * ram_bytes + DEVICE_RAM_BYTES
 
 
-async def gather_facts(qmp: Qmp, vm: LiveVM, *, waits: bool) -> Facts:
+async def gather_facts(qmp: Qmp, vm: LiveVM) -> Facts:
     """Ask QEMU what it can do with this VM now. Nothing is paused."""
     return Facts(
         vm=vm.vm.name,
@@ -464,7 +466,6 @@ async def gather_facts(qmp: Qmp, vm: LiveVM, *, waits: bool) -> Facts:
         precopy_refusal=await probe_migration(qmp),
         ram_blocks=len(await query_ram(qmp)),
         holds=not vm.vm.keeper and can_hold(vm.qemu_version, vm.machine_type, told=_is_told_to_hold(vm.process)),
-        waits=waits,
     )
 
 

@@ -1,9 +1,9 @@
 """Which engine captures a VM, and why: the facts of a VM in, a decision or a refusal with a way out.
 
-The figures behind the choice are in docs/benchmarks.md. A precopy that is held until the cut pauses a VM for about as
-long as background does on huge pages, and costs the guest the least work: after the cut no write of its waits for
-anything. Where QEMU cannot be held, background on huge pages is next; on 4 KiB pages every first write to a page costs
-a fault there, so precopy loses less as long as it converges.
+The figures behind the choice are in docs/benchmarks.md. Background on huge pages pauses a VM for the shortest time.
+After it a guest's first write to each page waits, and so do other VMs for what it would send: a precopy that is held
+until the cut pauses a little longer, and nothing waits afterwards. Where QEMU cannot be held, background on huge pages
+is next; on 4 KiB pages every first write to a page costs a fault, so precopy loses less as long as it converges.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Facts:
     ram_blocks: int = 1  #: memory backends
     copies_disks: bool = False  #: a disk is kept by a copy that goes on after the cut
     holds: bool = False  #: its QEMU can be kept from the end of a precopy
+    several: bool = False  #: there are other VMs, which wait for what it sends after the cut
     waits: bool = False  #: a barrier cut of several VMs: it stays paused until the slowest has stopped
 
 
@@ -110,6 +111,8 @@ def _choose(facts: Facts) -> Decision:
         by_background = background is None and keeps_paused(facts.qemu_version)
         if by_background or precopy is None:
             return Decision(Engine.BACKGROUND if by_background else Engine.PRECOPY, "it is paused, and stays so")
+    if background is None and facts.hugetlb and not facts.several:
+        return Decision(Engine.BACKGROUND, "RAM in huge pages: the shortest pause at any dirty rate")
     if precopy is None and facts.holds:
         return Decision(Engine.PRECOPY, "QEMU saves the RAM before the cut, and then only what was just written")
     if background is None and facts.hugetlb:
