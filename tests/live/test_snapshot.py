@@ -66,7 +66,7 @@ def check_measurements(saved: qsnap.Snapshot, engine: Engine) -> None:
         assert max(stops) <= min(vm.measurements.start_instant_s for vm in saved.vms)
 
 
-LONG_S = 3.0
+LONG_S = 5.0
 
 
 async def test_a_vm_that_waits_for_others_is_followed(place: qsnap.Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,14 +78,14 @@ async def test_a_vm_that_waits_for_others_is_followed(place: qsnap.Place, monkey
         await settle(self)
 
     monkeypatch.setattr(saving.Saving, "_settle_disks", dawdle)
-    await qsnap.up(make_vne("slow", vms=1, memory=192 << 20, guest={"rate_mb": 20, "dirty_mb": 48}), place=place)
+    await qsnap.up(make_vne("slow", vms=1, memory=192 << 20, guest={"rate_mb": 20, "dirty_mb": 96}), place=place)
     async with open_consoles("slow", place, 1) as consoles:
         await wait_ready(consoles)
         saved = await qsnap.snapshot("slow", "cut", engine=Engine.PRECOPY, place=place)
         taken = saved.vms[0].measurements
         assert taken.stop_instant_s > taken.start_instant_s + LONG_S
         written = 20 * LONG_S * 2**20 / 4096
-        assert 0 < taken.last_iteration_pages < written / 4
+        assert 0 < taken.last_iteration_pages < written / 2
         assert judge(saved, place).wrong_stamps == 0
 
 
