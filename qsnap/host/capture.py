@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import trio
 from attrs import define, field, frozen
@@ -205,13 +205,10 @@ class Capture(ABC):
                 )
                 nursery.cancel_scope.cancel()
         if event.data["status"] != status:
-            await self._raise_ended(event.data["status"])
-
-    async def _raise_ended(self, status: str) -> NoReturn:
-        with trio.move_on_after(1.0):  # a daemon that died is the cause, and says more than a broken pipe
-            await self.daemon.wait_done()
-        info = await self.qmp.execute("query-migrate")
-        raise self._migration_error(status, info)
+            with trio.move_on_after(1.0):  # a daemon that died is the cause, and says more than a broken pipe
+                await self.daemon.wait_done()
+            info = await self.qmp.execute("query-migrate")
+            raise self._migration_error(event.data["status"], info)
 
     async def _watch_daemon(self) -> None:
         """Raise what the daemon fails with; a migration that failed first or a QEMU that died is a better reason."""

@@ -190,8 +190,8 @@ async def open_daemon(
         *("--give-way", *(("0", give_way_s) if held else (give_way_s, "0"))),
         *(("--record-limit", str(record_limit_bytes)) if record_limit_bytes is not None else ()),
     ]
-    inlet = stream_out if held else None
-    async with _start(nursery, stream_in, options, f"VM {vm}", on_bytes, keeps_reading, inlet) as daemon:
+    qemu_fd = stream_out if held else None
+    async with _start(nursery, stream_in, options, f"VM {vm}", on_bytes, keeps_reading, qemu_fd) as daemon:
         yield daemon, stream_out
 
 
@@ -253,12 +253,12 @@ def _options(directory: Path, backed: tuple[str, ...], ram_limit_bytes: int) -> 
     return ["--directory", str(directory), "--ram-limit", str(ram_limit_bytes), *blocks]
 
 
-async def _spawn(stream_in: int, status: socket.socket, options: list[str], inlet: int | None = None) -> trio.Process:
+async def _spawn(stream_in: int, status: socket.socket, options: list[str], qemu_fd: int | None = None) -> trio.Process:
     """The process, which is given the descriptors of the stream and `status`; the latter is closed here."""
     fds = [stream_in, status.fileno()]
-    if inlet is not None:
-        fds.append(inlet)
-        options = [*options, "--inlet", str(inlet), "--patience", str(PATIENCE)]
+    if qemu_fd is not None:
+        fds.append(qemu_fd)
+        options = [*options, "--hold", str(qemu_fd), "--patience", str(PATIENCE)]
     command = [sys.executable, "-m", "qsnap.host.receiver", "--stream", str(stream_in), "--status", str(fds[1])]
     with status:
         # in a session of its own: Ctrl-C is for qsnap to deal with, which ends this process in due course
@@ -275,12 +275,12 @@ async def _start(
     where: str,
     on_bytes: Callable[[int], None],
     keeps_reading: bool,
-    inlet: int | None = None,
+    qemu_fd: int | None = None,
 ) -> AsyncIterator[Daemon]:
     """The process, which takes over `stream_in`."""
     ours, theirs = socket.socketpair()
     try:
-        process = await _spawn(stream_in, theirs, options, inlet)
+        process = await _spawn(stream_in, theirs, options, qemu_fd)
     finally:
         spare_fd = os.dup(stream_in) if keeps_reading else None  # one open pipe: both see what the other leaves
         os.close(stream_in)

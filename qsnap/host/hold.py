@@ -24,12 +24,12 @@ LEFT_PAGES = 512  #: more than these are not to be left for the pause
 
 
 class Hold:
-    """Holds the QEMU that writes to `inlet_fd` from the time when it has converged until `released` says so."""
+    """Holds the QEMU that has `qemu_fd` from the time when it has converged until `released` says so."""
 
     def __init__(
-        self, inlet_fd: int, released: Callable[[float], bool], tell: Callable[[str], None], patience: float
+        self, qemu_fd: int, released: Callable[[float], bool], tell: Callable[[str], None], patience: float
     ) -> None:
-        self._inlet = socket.socket(fileno=inlet_fd)  # while this is open, the stream does not end
+        self._theirs = socket.socket(fileno=qemu_fd)  # while this is open, the stream does not end
         self._released = released  # waits for so many seconds
         self._tell = tell
         self._patience = patience
@@ -71,12 +71,12 @@ class Hold:
             self._tell(word)
 
     def _wait(self) -> None:
-        narrow_socket(self._inlet)
+        narrow_socket(self._theirs)
         early_s = self._begun_s + BEGIN_S - time.monotonic()
         if early_s <= 0:
             self._say("settled")
         released = self._released(early_s if early_s > 0 else self._wait_s)
-        widen_socket(self._inlet)
+        widen_socket(self._theirs)
         if released:
             self.end()
             return
@@ -88,4 +88,4 @@ class Hold:
     def end(self) -> None:
         """It is released, while QEMU waited or not."""
         self.over = True
-        self._inlet.close()
+        self._theirs.close()

@@ -5,7 +5,7 @@ It is a process of its own because it is CPU-bound, and synchronous because it d
     python -m qsnap.host.receiver --stream FD --status FD --directory DIR --backed pc.ram --ram-limit BYTES
 
 and exchanges JSON lines over the status descriptor. From the receiver: `ready`, `tracking` (the first RAM record
-has come, so the source's state is captured), `progress`, and at last `done` or `error`. With `--inlet FD` it holds
+has come, so the source's state is captured), `progress`, and at last `done` or `error`. With `--hold FD` it holds
 QEMU when little is left to be sent (`qsnap.host.hold`), and says `settled` then, or `diverged`; a byte from the parent
 has it let go. The parent sends nothing else.
 
@@ -298,7 +298,9 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ram-limit", type=int, required=True, metavar="BYTES", help="of all RAMBlocks together")
     parser.add_argument("--tail-limit", type=int, default=_TAIL_LIMIT_BYTES, metavar="BYTES")
     parser.add_argument("--target-page-size", type=int, default=4096, metavar="BYTES")
-    parser.add_argument("--inlet", type=int, metavar="FD", help="where QEMU writes: hold it when it has converged")
+    parser.add_argument(
+        "--hold", type=int, metavar="FD", help="QEMU's end of the stream: hold it when converged"
+    )
     parser.add_argument("--patience", type=float, default=PATIENCE, metavar="N", help=_PATIENCE)
     parser.add_argument("--give-way", type=float, nargs=2, default=(0.0, 0.0), metavar="S", help=_GIVE_WAY)
     parser.add_argument("--record-limit", type=int, metavar="BYTES", help="keep the stream as it is, up to this size")
@@ -316,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the daemon; its exit code."""
     options = _parse_arguments(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminate)
-    for fd in (options.stream, options.status, *((options.inlet,) if options.inlet is not None else ())):
+    for fd in (options.stream, options.status, *((options.hold,) if options.hold is not None else ())):
         os.set_inheritable(fd, False)  # an heir that held the stream open would let QEMU wait for ever
     status = Status(options.status)
     try:
@@ -370,8 +372,8 @@ def _keep_newest(options: argparse.Namespace, inlet: Inlet, status: Status) -> N
     _warm_up()
     status.send("ready")
     hold = None
-    if options.inlet is not None:
-        hold = Hold(options.inlet, inlet.wait_released, status.send, options.patience)
+    if options.hold is not None:
+        hold = Hold(options.hold, inlet.wait_released, status.send, options.patience)
     Receiver(inlet, status, snapshot, reader, options.give_way, hold).run()
     status.send("done", **snapshot.finish())
 

@@ -50,7 +50,7 @@ class Daemon:
         if held:
             assert os.read(write_fd, 64) == b"\0\1\0\4\0\0\0\0"  # QEMU is told that there will be no answers
             fds.append(write_fd)
-            command += ["--inlet", str(write_fd)]
+            command += ["--hold", str(write_fd)]
         self.process = subprocess.Popen(command, pass_fds=fds)
         os.close(read_fd)
         theirs.close()
