@@ -39,7 +39,6 @@ class HeldPrecopy(Precopy):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_for_end, nursery.cancel_scope)
                 if not await self.holder.wait_settled():
-                    await self.holder.let_go()  # or it would not see the end of a stream that is given up
                     self._refuse_unless_forced()
                 nursery.cancel_scope.cancel()
         self.passes = (await self.qmp.execute("query-migrate")).get("ram", {}).get("dirty-sync-count", 0)

@@ -30,6 +30,7 @@ REFUSED_FOR_S = 1.0
 DISCONNECT_S = 2.0
 ANSWER_S = 60.0  #: a busy QEMU may be slow to answer; one that takes longer hangs
 EVENTS_LIMIT = 100_000  #: of one session; QEMU limits the rate of those that a guest can cause
+IGNORED = "MIGRATION_PASS"  #: a QEMU that is not held yet makes thousands of passes
 Command = tuple[str, Mapping[str, object]]
 
 
@@ -74,6 +75,7 @@ class Qmp:
         self._client = client
         self._answer_s = answer_s
         self._changed = trio.Event()
+        self._ended_by_us = False
 
     @property
     def lost(self) -> bool:
@@ -104,8 +106,12 @@ class Qmp:
         return answers
 
     def _gone(self, when: str) -> QemuGoneError:
+        what = "QEMU ended, or closed its QMP socket,"
         advice = "Is it dead? See `qsnap ps` and its qemu.log."
-        return QemuGoneError(f"QEMU ended, or closed its QMP socket, {when}", where=f"VM {self.vm}", advice=advice)
+        if self._ended_by_us:
+            what = "QEMU sent an event that makes no sense, or too many of them,"
+            advice = "Is this QEMU's QMP socket?"
+        return QemuGoneError(f"{what} {when}", where=f"VM {self.vm}", advice=advice)
 
     def _senseless(self, command: str) -> QemuError:
         return QemuError(f"QEMU's answer to {command} makes no sense", where=f"VM {self.vm}")
@@ -150,7 +156,10 @@ class Qmp:
 
     def _note(self, message: Mapping[str, Any]) -> bool:
         if not event_matches(message) or len(self.events) == EVENTS_LIMIT:
+            self._ended_by_us = True
             raise QMPError("not an event, or one too many")  # ends the session
+        if message["event"] == IGNORED:
+            return False
         stamp = message["timestamp"]
         instant_s = place_stamp(
             stamp["seconds"] + stamp["microseconds"] / 1e6,

@@ -10,8 +10,8 @@ from attrs import define
 
 SHORT_PAGES = 256  #: a pass of no more leaves as little for a pause
 LONG_PAGES = 2048  #: and of no more, where memory changes fast
-SHORT_SECTIONS = 20  #: that may go by until then, and
-SECTIONS = 400  #: in all: 20 s, where they are long
+LONG_SECTIONS = 20  #: that may go by until then, and
+LONG_SECTIONS_IN_ALL = 400  #: 20 s
 PATIENCE = 4.0  #: times the RAM that may be sent again
 
 Key = tuple[int, int]  #: the number of a RAMBlock, and an offset in it
@@ -25,7 +25,7 @@ class Convergence:
     patience: float = PATIENCE
     all_sent: bool = False  #: each page was, once
     sent_again: int = 0  #: pages, since then
-    sections: int = 0  #: since then
+    long: int = 0  #: sections, since then
     _short: int = 0  # sections in a row
     _pages: int = 0
     _first: Key | None = None  # page of this section
@@ -43,11 +43,13 @@ class Convergence:
         if self._first is None or self._first <= self._before:
             self.all_sent = True
         if self.all_sent:
-            self.sections += 1
             self.sent_again += self._pages
-            fast = self.sections > SHORT_SECTIONS or self.sent_again > self.ram_pages / 2
-            limit = LONG_PAGES if fast else SHORT_PAGES
-            self._short = self._short + 1 if self._pages <= limit else 0
+            fast = self.long > LONG_SECTIONS or self.sent_again > self.ram_pages / 2
+            if self._pages <= (LONG_PAGES if fast else SHORT_PAGES):
+                self._short += 1
+            else:
+                self._short = 0
+                self.long += 1
         if self._first is not None:
             self._before = self._last
         self._pages, self._first = 0, None
@@ -64,4 +66,4 @@ class Convergence:
     @property
     def hopeless(self) -> bool:
         """Whether it goes on for too long."""
-        return self.sent_again > self.patience * self.ram_pages or self.sections > SECTIONS
+        return self.sent_again > self.patience * self.ram_pages or self.long > LONG_SECTIONS_IN_ALL

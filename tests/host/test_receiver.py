@@ -254,6 +254,20 @@ def test_who_is_held_waits_when_little_is_left(daemons: Any, tmp_path: Path) -> 
     assert daemon.exit_code() == 0
 
 
+def test_who_makes_many_short_passes_at_once_is_held_all_the_same(daemons: Any) -> None:
+    """They come before they are believed, and all in one piece."""
+    daemon = daemons(held=True)
+    daemon.send(b.header() + b.setup(BLOCKS) + FIRST_PASS + b.part(b"") * 2000)
+    assert daemon.message() == {"event": "tracking"}
+    time.sleep(2 * BEGIN_S)
+    for _ in range(3):
+        daemon.send(b.part(b""))
+        time.sleep(0.01)
+    assert daemon.message() == {"event": "settled"}
+    daemon.status.send(b".")
+    assert daemon.finish(b.end() + b.devices())["event"] == "done"
+
+
 def test_who_is_let_go_at_once_is_never_held(daemons: Any) -> None:
     daemon = daemons(held=True)
     daemon.status.send(b".")

@@ -17,7 +17,7 @@ from tests.live.lab import QEMU_11, ROOT
 
 DEBIAN = ROOT / "build/debian"
 BOOT_S = 180.0
-COUNTER = "{ while sleep 0.1; do echo $((n += 1)) >/run/counter; done & }"
+COUNTER = "{ while sleep 0.1; do echo $((n += 1)) >/run/count; mv /run/count /run/counter; done & }"
 
 
 @define
