@@ -54,9 +54,10 @@ class Engine(Enum):
 class DiskEngine(Enum):
     """How a disk at the cut is kept."""
 
-    AUTO = "auto"  #: overlay where qsnap made the file that the VM writes to, else reflink, else copy
+    AUTO = "auto"  #: overlay where qsnap made the file that the VM writes to, else the first of the others that can be
     OVERLAY = "overlay"  #: the VM goes on with a new, empty layer; the file below stays as it was at the cut
     REFLINK = "reflink"  #: ioctl FICLONE: the store gets a clone, the VM keeps writing to its own file
+    LVM = "lvm"  #: a snapshot of the thin volume that the VM writes to and goes on writing to
     COPY = "copy"  #: blockdev-backup: the store gets a full copy, what the VM overwrites meanwhile is copied first
 
 
@@ -234,7 +235,10 @@ class StateFiles:
 
 @frozen
 class BaseImage:
-    """An image of the user's that layers lie on. It is not copied: size and time tell whether it is still the same."""
+    """An image that layers lie on, outside of the store: the user's, or a volume of LVM.
+
+    It is not copied: size and time tell whether it is still the same. A block device has no time, and 0 here.
+    """
 
     file: str
     format: str

@@ -18,7 +18,7 @@ from qsnap.errors import IntegrityError, StateError
 from qsnap.fleet.channel import Connection, connect
 from qsnap.fleet.identity import load_identity
 from qsnap.fleet.remote import ask
-from qsnap.host.disks import name_base, read_chain
+from qsnap.host.disks import describe_base, image_bytes, name_base, read_chain
 from qsnap.host.place import Place, Progress
 from qsnap.host.recovery import exclusive
 from qsnap.host.restoring import check_bases, data_extents, refuse_running
@@ -118,8 +118,8 @@ class _Fetching:
             return self._know(disk, disk)
         base = await ask(connection, m.GetBase(self.vne, self.name, disk.base.file), m.Base)
         if all([await trio.to_thread.run_sync(_has_content, image) for image in base.images]):
-            mtime_ns = os.stat(disk.base.file).st_mtime_ns
-            return self._know(evolve(disk, base=evolve(disk.base, mtime_ns=mtime_ns)), disk)
+            here = describe_base(disk.base.file, disk.base.format)
+            return self._know(evolve(disk, base=here), disk)
         for image in base.images:
             file = StoredFile(base_path(image.sha256, image.format), image.size_bytes, image.sha256)
             self.bases[come[-1].path] = (file.path, image.format)
@@ -169,16 +169,15 @@ class _Fetching:
 
 def _is_here(base: BaseImage) -> bool:
     try:
-        found = os.stat(base.file)
+        return bool(base.mtime_ns) and describe_base(base.file, base.format) == base  # any device may be of this size
     except OSError:
         return False
-    return (found.st_size, found.st_mtime_ns) == (base.size_bytes, base.mtime_ns)
 
 
 def _has_content(image: m.ImageFile) -> bool:
     """Whether an image has the same content here as on another host."""
     try:
-        return os.stat(image.file).st_size == image.size_bytes and _digest(image.file) == image.sha256
+        return image_bytes(image.file) == image.size_bytes and _digest(image.file) == image.sha256
     except OSError:
         return False
 
@@ -213,7 +212,7 @@ async def find_base(place: Place, message: m.GetBase) -> m.Base:
     images = []
     for path, image_format in await _chain(saved, message.file):
         with explained("read the image", Path(path)):
-            size_bytes = os.stat(path).st_size
+            size_bytes = image_bytes(path)
             sha256 = await trio.to_thread.run_sync(_digest, path)
         images.append(m.ImageFile(path, image_format, size_bytes, sha256))
     return m.Base(tuple(images))
@@ -226,7 +225,7 @@ async def send_file(connection: Connection, place: Place, message: m.ReadFile) -
     bases = {disk.base.file for vm in saved.vms for disk in vm.disks if disk.base}
     images = [path for base in bases for path, _ in await _chain(saved, base)] if message.path[:1] == "/" else []
     with _opened(message.path, store, saved, images) as fd:
-        bodies = _read(fd, message.offset, os.fstat(fd).st_size)
+        bodies = _read(fd, message.offset, os.lseek(fd, 0, os.SEEK_END))
         while body := await trio.to_thread.run_sync(next, bodies, b""):
             await connection.send_data(body)
         await connection.send_data(b"")

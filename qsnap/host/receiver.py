@@ -298,9 +298,7 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ram-limit", type=int, required=True, metavar="BYTES", help="of all RAMBlocks together")
     parser.add_argument("--tail-limit", type=int, default=_TAIL_LIMIT_BYTES, metavar="BYTES")
     parser.add_argument("--target-page-size", type=int, default=4096, metavar="BYTES")
-    parser.add_argument(
-        "--hold", type=int, metavar="FD", help="QEMU's end of the stream: hold it when converged"
-    )
+    parser.add_argument("--hold", type=int, metavar="FD", help="QEMU's end of the stream: hold it when converged")
     parser.add_argument("--patience", type=float, default=PATIENCE, metavar="N", help=_PATIENCE)
     parser.add_argument("--give-way", type=float, nargs=2, default=(0.0, 0.0), metavar="S", help=_GIVE_WAY)
     parser.add_argument("--record-limit", type=int, metavar="BYTES", help="keep the stream as it is, up to this size")

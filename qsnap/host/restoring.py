@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from attrs import define, evolve, field
 from qsnap.errors import HostError, IntegrityError, QemuError, StateError
 from qsnap.host import hugepages
 from qsnap.host.bridges import check_networking
+from qsnap.host.disks import describe_base
 from qsnap.host.journal import VOTED, Journal, Kind, Operation
 from qsnap.host.lifecycle import choose_rams
 from qsnap.host.place import Place, Progress
@@ -103,10 +105,10 @@ def check_bases(vms: Iterable[VMSnapshot]) -> None:
     for vm in vms:
         for base in (disk.base for disk in vm.disks if disk.base):
             try:
-                now = os.stat(base.file)
+                now = describe_base(base.file, base.format)
             except OSError as error:
                 raise IntegrityError(f"base image of VM {vm.vm.name}: {error.strerror}", file=base.file) from error
-            if (now.st_size, now.st_mtime_ns) != (base.size_bytes, base.mtime_ns):
+            if now != base:
                 raise IntegrityError(
                     f"the base image of VM {vm.vm.name} was changed after the snapshot",
                     file=base.file,
@@ -369,8 +371,13 @@ def fill_memory(memory: mmap.mmap, path: Path) -> None:
 
 def data_extents(fd: int, size_bytes: int, end: int = 0) -> Iterator[tuple[int, int]]:
     """(start, end) of the parts of a sparse file, from `end` on, that are not holes."""
-    with suppress(OSError):  # ENXIO: no data up to the end
+    try:
         while end < size_bytes:
             start = os.lseek(fd, end, os.SEEK_DATA)
             end = os.lseek(fd, start, os.SEEK_HOLE)
             yield start, end
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a block device has no holes
+            yield end, size_bytes
+        elif error.errno != errno.ENXIO:  # no data up to the end
+            raise

@@ -76,10 +76,15 @@ class LiveVNE:
         return next((f"/proc/{pid}/ns/net" for pid in alive), "")
 
     def files_in_use(self) -> tuple[str, ...]:
-        """All disk layers that a VM has open, and what it boots from, relative to the VNE's directory in the store."""
-        layers = (file for live in self.vms for disk in live.disks for file in disk.layers)
+        """All disk layers that a VM has open, and what it boots from, relative to the VNE's directory in the store.
+
+        What layers lie on is elsewhere, and is named by its whole path.
+        """
+        disks = [disk for live in self.vms for disk in live.disks]
+        layers = (file for disk in disks for file in disk.layers)
+        below = (file.path for disk in disks for file in disk.below)
         boot = (each.file.path for live in self.vms for each in live.boot)
-        return (*(f"disks/{os.path.basename(file.path)}" for file in layers), *boot)
+        return (*(f"disks/{os.path.basename(file.path)}" for file in layers), *below, *boot)
 
     def find(self, vm: str) -> LiveVM:
         """The VM of this name. Raises StateError with the names there are."""

@@ -37,6 +37,7 @@ from qsnap.rules.command import (
 from qsnap.rules.engine import must_be_told_to_hold
 
 GREETING_S = 60.0
+VHOST_NET = "/dev/vhost-net"
 POLL_S = 0.01
 _MACHINE_TYPE = re.compile(r"[A-Za-z0-9._-]+")  # it becomes a part of command lines
 
@@ -94,6 +95,7 @@ async def start_process(live: LiveVNE, runtime: Runtime, start: Start) -> Proces
         disks=layers,
         taps=tuple(tap_name(start.index, nic) for nic in range(len(vm.nics))),
         incoming=start.incoming,
+        vhost=start.accelerator is Accelerator.KVM and os.access(VHOST_NET, os.R_OK | os.W_OK),
         boot={each.option: os.path.abspath(f"{live.store}/{live.vne.name}/{each.file.path}") for each in start.boot},
     )
     name = f"{live.vne.name}/{vm.name}"

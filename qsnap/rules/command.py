@@ -77,7 +77,8 @@ class MemoryBackend:
 class Backends:
     """What the host gives a VM: `directory` holds its sockets and logs, `disks` its newest layers, `taps` its NICs.
 
-    `boot` are files to boot from, by the option that names them, in place of those that the hardware names.
+    `boot` are files to boot from, by the option that names them, in place of those that the hardware names. With
+    `vhost` the kernel moves the packets of virtio cards (vhost-net).
     """
 
     directory: str
@@ -85,6 +86,7 @@ class Backends:
     disks: tuple[str, ...]
     taps: tuple[str, ...]
     incoming: bool = False
+    vhost: bool = False
     boot: Mapping[str, str] = field(factory=dict)
 
 
@@ -172,7 +174,7 @@ def plan_command(
         *(word for block in backends.ram for word in ("-object", _ram_object(block))),
         *(word for chardev in sockets for word in ("-chardev", chardev)),
         *("-mon", "chardev=qmp,mode=control", "-mon", "chardev=monitor,mode=control"),
-        *_network_arguments(backends.taps),
+        *_network_arguments(vm, backends),
         *_with_disks(with_boot_files(hardware, backends.boot), backends.disks),
         *(("-incoming", "defer") if backends.incoming else ()),
     ]
@@ -216,12 +218,12 @@ def _as_drive(node: dict[str, object]) -> str:
     return ",".join(f"{key}={value}" for key, value in words.items() if key != "node-name")
 
 
-def _network_arguments(taps: tuple[str, ...]) -> list[str]:
-    return [
-        word
-        for index, tap in enumerate(taps)
-        for word in ("-netdev", f"tap,id=net{index},ifname={tap},script=no,downscript=no")
-    ]
+def _network_arguments(vm: VM, backends: Backends) -> list[str]:
+    arguments = []
+    for index, (nic, tap) in enumerate(zip(vm.nics, backends.taps, strict=True)):
+        vhost = ",vhost=on" if backends.vhost and nic.model.startswith("virtio-net") else ""
+        arguments += ["-netdev", f"tap,id=net{index},ifname={tap},script=no,downscript=no{vhost}"]
+    return arguments
 
 
 def _ram_object(block: MemoryBackend) -> str:

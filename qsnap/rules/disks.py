@@ -1,7 +1,8 @@
 """How each disk of a VM is kept, and why: the facts of a disk in, a decision or a refusal with a way out.
 
 An overlay costs nothing, but the VM then writes to another file than before: that is for disks whose top file qsnap
-has made. A file of the user's stays in use; it is cloned where the file system can do that, and copied elsewhere.
+has made. A file or volume of the user's stays in use. It is cloned where the file system can do that, or LVM, and
+copied elsewhere.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class DiskFacts:
     where: str
     owned: bool
     reflink_refusal: str
+    lvm_refusal: str
     copy_refusal: str
 
 
@@ -47,10 +49,12 @@ def choose_disk_engine(wish: DiskEngine, facts: DiskFacts) -> DiskDecision:
         return DiskDecision(DiskEngine.OVERLAY, "qsnap made the file that the VM writes to")
     if not facts.reflink_refusal:
         return DiskDecision(DiskEngine.REFLINK, "the file is the user's, and its file system can clone it")
+    if not facts.lvm_refusal:
+        return DiskDecision(DiskEngine.LVM, "the disk is a thin volume of the user's")
     if not facts.copy_refusal:
         return DiskDecision(DiskEngine.COPY, f"the file is the user's, and no clone of it: {facts.reflink_refusal}")
     raise EngineRefusedError(
-        f"no way to keep it. reflink: {facts.reflink_refusal}; copy: {facts.copy_refusal}",
+        f"no way to keep it. reflink: {facts.reflink_refusal}; lvm: {facts.lvm_refusal}; copy: {facts.copy_refusal}",
         where=facts.where,
         advice=f"{_ADVICE[DiskEngine.COPY]} Or: {_ADVICE[DiskEngine.REFLINK]}",
     )
@@ -59,6 +63,8 @@ def choose_disk_engine(wish: DiskEngine, facts: DiskFacts) -> DiskDecision:
 def _refusal(engine: DiskEngine, facts: DiskFacts) -> str:
     if engine is DiskEngine.REFLINK:
         return facts.reflink_refusal
+    if engine is DiskEngine.LVM:
+        return facts.lvm_refusal
     if engine is DiskEngine.COPY:
         return facts.copy_refusal
     return "" if facts.owned else "the VM must go on writing to this file, which is the user's"
@@ -67,5 +73,6 @@ def _refusal(engine: DiskEngine, facts: DiskFacts) -> str:
 _ADVICE = {
     DiskEngine.OVERLAY: "Take --disks reflink or copy.",
     DiskEngine.REFLINK: "Keep image and store on one btrfs or XFS, or take --disks copy.",
+    DiskEngine.LVM: "Keep it on a thin volume (lvmthin(7)), or take --disks copy.",
     DiskEngine.COPY: "Make room in the store, remove old snapshots, or take --disks reflink.",
 }

@@ -56,6 +56,15 @@ def test_the_same_hardware_whatever_the_host_gives() -> None:
     assert "-incoming" not in one
 
 
+def test_the_kernel_moves_packets_of_virtio_cards_alone() -> None:
+    vm = evolve(VM_, nics=(*VM_.nics, Nic("lan", "52:54:00:00:00:02", "e1000")))
+    backends = evolve(BACKENDS, taps=("tap0-0", "tap0-1"))
+    for vhost in (False, True):
+        command = plan_command(vm, "lab/web", (), Accelerator.KVM, evolve(backends, vhost=vhost))
+        netdevs = [word for option, word in itertools.pairwise(command) if option == "-netdev"]
+        assert ["vhost=on" in netdev for netdev in netdevs] == [vhost, False]
+
+
 def test_a_machine_alias_is_resolved() -> None:
     hardware = with_machine_type(plan_hardware(VM_, Accelerator.TCG), "pc-i440fx-7.2")
     assert hardware[:2] == ("-machine", "pc-i440fx-7.2,memory-backend=pc.ram")
@@ -80,7 +89,7 @@ def test_ram(ram: Ram, expected: dict[str, object]) -> None:
 
 
 def ram_objects(*ram: MemoryBackend) -> list[dict[str, object]]:
-    command = plan_command(VM_, "lab/web", (), Accelerator.TCG, Backends("/run", ram, (), ()))
+    command = plan_command(VM_, "lab/web", (), Accelerator.TCG, Backends("/run", ram, (), ("tap0-0",)))
     return [json.loads(after) for word, after in itertools.pairwise(command) if word == "-object"]
 
 

@@ -10,10 +10,10 @@ from qsnap.errors import EngineRefusedError
 from qsnap.model import DiskEngine
 from qsnap.rules.disks import DiskFacts, choose_disk_engine
 
-NO_CLONES, NO_ROOM = "it cannot clone", "there is no room"
+NO_CLONES, NO_VOLUME, NO_ROOM = "it cannot clone", "it is no volume", "there is no room"
 ALL_FACTS = [
-    DiskFacts("VM alice", owned, reflink, copy)
-    for owned, reflink, copy in product((True, False), ("", NO_CLONES), ("", NO_ROOM))
+    DiskFacts("VM alice", owned, reflink, lvm, copy)
+    for owned, reflink, lvm, copy in product((True, False), ("", NO_CLONES), ("", NO_VOLUME), ("", NO_ROOM))
 ]
 
 
@@ -24,6 +24,8 @@ def test_auto(facts: DiskFacts) -> None:
         assert choose_disk_engine(DiskEngine.AUTO, facts).engine is DiskEngine.OVERLAY
     elif not facts.reflink_refusal:
         assert choose_disk_engine(DiskEngine.AUTO, facts).engine is DiskEngine.REFLINK
+    elif not facts.lvm_refusal:
+        assert choose_disk_engine(DiskEngine.AUTO, facts).engine is DiskEngine.LVM
     elif not facts.copy_refusal:
         chosen = choose_disk_engine(DiskEngine.AUTO, facts)
         assert chosen.engine is DiskEngine.COPY
@@ -32,6 +34,7 @@ def test_auto(facts: DiskFacts) -> None:
         with pytest.raises(EngineRefusedError) as caught:
             choose_disk_engine(DiskEngine.AUTO, facts)
         assert NO_CLONES in caught.value.message
+        assert NO_VOLUME in caught.value.message
         assert NO_ROOM in caught.value.message
 
 
@@ -41,6 +44,7 @@ def test_a_wish_is_met_or_refused_with_a_way_out(wish: DiskEngine, facts: DiskFa
     possible = {
         DiskEngine.OVERLAY: facts.owned,
         DiskEngine.REFLINK: not facts.reflink_refusal,
+        DiskEngine.LVM: not facts.lvm_refusal,
         DiskEngine.COPY: not facts.copy_refusal,
     }
     if possible[wish]:

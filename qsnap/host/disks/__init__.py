@@ -2,7 +2,7 @@
 
 from qsnap.host.disks.chain import DiskFile, LiveDisk, find_devices, read_disks, tidy_disks
 from qsnap.host.disks.cut import DiskCut, DiskPlan, DiskStep, image_of, plan_disks
-from qsnap.host.disks.images import create_overlay, name_base, new_path, read_chain
+from qsnap.host.disks.images import create_overlay, describe_base, image_bytes, name_base, new_path, read_chain
 
 __all__ = [
     "DiskCut",
@@ -11,7 +11,9 @@ __all__ = [
     "DiskStep",
     "LiveDisk",
     "create_overlay",
+    "describe_base",
     "find_devices",
+    "image_bytes",
     "image_of",
     "name_base",
     "new_path",

@@ -1,7 +1,7 @@
 """The disks of one VM during a snapshot: planned, prepared, cut inside the stop phase, finished while the VM runs.
 
-`overlay` and `copy` are block commands that belong into one `transaction`; `reflink` is a system call of our own,
-once QEMU has written out what it held of the image. A migration that ends with the disks handed over (precopy) does
+`overlay` and `copy` are block commands that belong into one `transaction`; `reflink` and `lvm` clone what the VM writes
+to, once QEMU has written out what it held of the image. A migration that ends with the disks handed over (precopy) does
 not suffer a copy under way: there copies begin when it has ended, the VM still being stopped.
 
 A plan is all that an undo needs, whatever step was reached and whichever process does it.
@@ -23,8 +23,10 @@ from qsnap.host.disks.chain import DiskFile, LiveDisk
 from qsnap.host.disks.images import (
     clone_file,
     clone_refusal,
+    create_above,
     create_empty,
     create_overlay,
+    describe_base,
     measure_copy,
     name_base,
     new_path,
@@ -33,7 +35,8 @@ from qsnap.host.disks.images import (
 from qsnap.host.disks.jobs import JobError, Report, end_job, wait_job
 from qsnap.host.qmp import Command, Qmp, QmpError
 from qsnap.host.tasks import run_all
-from qsnap.model import BaseImage, DiskEngine, DiskImage, StoredFile
+from qsnap.host.volumes import name_volume, snapshot_volume, thin_group
+from qsnap.model import DiskEngine, DiskImage, StoredFile
 from qsnap.rules.command import disk_node
 from qsnap.rules.disks import COPY_GIVES_WAY_SINCE, DiskFacts, Version, choose_disk_engine
 
@@ -45,13 +48,17 @@ SETTLE_S = 0.1  #: between two rounds of writing out what is to be cloned
 
 @frozen
 class DiskStep:
-    """What is done to one disk at the cut. `file` is new; `node` names it in QEMU, and the job that writes it."""
+    """What is done to one disk at the cut. `file` is new; `node` names it in QEMU, and the job that writes it.
+
+    `volume` is the one that the engine `lvm` makes: `file` lies on it.
+    """
 
     engine: DiskEngine
     reason: str
     disk: LiveDisk
     file: DiskFile
     node: str
+    volume: str = ""
 
     @property
     def saved(self) -> tuple[tuple[DiskFile, ...], tuple[DiskFile, ...]]:
@@ -60,6 +67,8 @@ class DiskStep:
         match self.engine:
             case DiskEngine.REFLINK:
                 return (self.file, *layers[1:]), below if layers else below[1:]
+            case DiskEngine.LVM:
+                return (self.file,), (DiskFile(self.volume, below[0].format), *below[1:])
             case DiskEngine.COPY:
                 return (self.file,), ()
         return layers, below
@@ -105,21 +114,33 @@ async def plan_disks(
         path = new_path(directory, vm, index, image_format)
         kind = "copy" if chosen.engine is DiskEngine.COPY else "layer"
         node = f"{kind}-{Path(path).stem.rpartition('-')[2]}"
-        steps.append(DiskStep(chosen.engine, chosen.reason, disk, DiskFile(path, image_format), node))
+        volume = ""
+        if chosen.engine is DiskEngine.LVM:
+            volume = name_volume(await trio.to_thread.run_sync(thin_group, disk.files[0].path), path)
+        steps.append(DiskStep(chosen.engine, chosen.reason, disk, DiskFile(path, image_format), node, volume))
     return DiskPlan(tuple(steps), version, qemu_img)
 
 
 async def _gather_facts(wish: DiskEngine, vm: str, disk: LiveDisk, directory: str, qemu_img: str) -> DiskFacts:
     """What `wish` needs to be known: an overlay needs no probing."""
     top, owned = disk.files[0], bool(disk.layers)
-    facts = DiskFacts(f"VM {vm}, {top.path}", owned, reflink_refusal="", copy_refusal="")
+    facts = DiskFacts(f"VM {vm}, {top.path}", owned, reflink_refusal="", lvm_refusal="", copy_refusal="")
     if wish is DiskEngine.OVERLAY or (wish is DiskEngine.AUTO and owned):
         return facts
     return evolve(
         facts,
         reflink_refusal=await trio.to_thread.run_sync(clone_refusal, top.path, top.format, directory),
+        lvm_refusal=await trio.to_thread.run_sync(_lvm_refusal, top.path),
         copy_refusal=await _copy_refusal(top, directory, qemu_img),
     )
+
+
+def _lvm_refusal(path: str) -> str:
+    try:
+        thin_group(path)
+    except (HostError, OSError) as error:
+        return error.message if isinstance(error, HostError) else str(error)
+    return ""
 
 
 async def _copy_refusal(top: DiskFile, directory: str, qemu_img: str) -> str:
@@ -138,10 +159,7 @@ async def image_of(step: DiskStep, seal: Seal) -> DiskImage:
     """What the manifest records of a disk; `seal` makes a file of the store durable, and describes it."""
     layers, below = step.saved
     stored = [await seal(f"disks/{os.path.basename(file.path)}") for file in layers]
-    base = None
-    if below:
-        status = os.stat(below[0].path)
-        base = BaseImage(below[0].path, below[0].format, status.st_size, status.st_mtime_ns)
+    base = describe_base(below[0].path, below[0].format) if below else None
     return DiskImage(step.engine, step.reason, tuple(stored), layers[-1].format, base)
 
 
@@ -161,6 +179,11 @@ class DiskCut:
                     await create_overlay(self.plan.qemu_img, path, base=top.path, base_format=top.format)
                 case DiskEngine.COPY:
                     await create_empty(self.plan.qemu_img, path, step.disk.size_bytes)
+                case DiskEngine.LVM:
+                    size_bytes = step.disk.size_bytes
+                    await create_above(
+                        self.plan.qemu_img, path, volume=step.volume, image_format=top.format, size_bytes=size_bytes
+                    )
                 case _:
                     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         opened = (*self.plan.of(DiskEngine.OVERLAY), *self.plan.of(DiskEngine.COPY))
@@ -191,7 +214,7 @@ class DiskCut:
         return (("blockdev-set-active", {"active": True}), *copies) if copies else ()
 
     async def clone(self) -> None:
-        """Clone files. QEMU must have answered the `stop`: only then has it written out what it held of them."""
+        """Clone files and volumes. QEMU must have answered the `stop`: only then has it written out what it held."""
         await run_all([partial(_in_thread, self._clone, step) for step in self._cloned])
 
     async def finish(self, report: Report | None = None) -> None:
@@ -202,7 +225,7 @@ class DiskCut:
             await wait_job(self.qmp, step.node, f"copy {step.disk.files[0].path}", report)
             await self.qmp.execute("blockdev-del", {"node-name": step.node})
         await self._let_write()
-        for step in self._cloned:
+        for step in self.plan.of(DiskEngine.REFLINK):
             _, below = step.saved
             if below and not step.disk.layers:  # the clone may name it relative to where the original is
                 await name_base(self.plan.qemu_img, step.file.path, base=below[0].path, base_format=below[0].format)
@@ -222,12 +245,12 @@ class DiskCut:
 
     @property
     def clones(self) -> bool:
-        """Whether files are to be cloned, which QEMU may not write to meanwhile."""
+        """Whether files or volumes are to be cloned, which QEMU may not write to meanwhile."""
         return bool(self._cloned)
 
     @property
     def _cloned(self) -> tuple[DiskStep, ...]:
-        return self.plan.of(DiskEngine.REFLINK)
+        return (*self.plan.of(DiskEngine.REFLINK), *self.plan.of(DiskEngine.LVM))
 
     def _overlay_actions(self) -> list[Action]:
         return [
@@ -249,6 +272,9 @@ class DiskCut:
 
     def _clone(self, step: DiskStep) -> None:
         source = step.disk.files[0].path
+        if step.volume:
+            snapshot_volume(source, step.volume)
+            return
         try:
             clone_file(source, step.file.path)
         except OSError as error:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import secrets
+import stat
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ import trio
 
 from qsnap.errors import HostError
 from qsnap.host.births import starting
+from qsnap.model import BaseImage
 
 FICLONE = 0x40049409  #: _IOW(0x94, 9, int), linux/fs.h
 FICLONERANGE = 0x4020940D  #: _IOW(0x94, 13, struct file_clone_range)
@@ -50,6 +52,11 @@ async def _create(qemu_img: str, path: str, *arguments: str, about: str) -> None
         message = f"cannot make a disk layer: {error.message}"
         raise HostError(message, where=path, advice=f"Is there room? Is the image {about} in order?") from None
     os.chmod(path, 0o600)
+
+
+async def create_above(qemu_img: str, path: str, *, volume: str, image_format: str, size_bytes: int) -> None:
+    """Make an empty qcow2 layer on top of a volume that is yet to be."""
+    await _create(qemu_img, path, "-u", "-b", volume, "-F", image_format, path, str(size_bytes), about=volume)
 
 
 async def name_base(qemu_img: str, path: str, *, base: str, base_format: str) -> None:
@@ -93,6 +100,19 @@ def sync_file(path: str) -> None:
     """Write what is dirty of a file, so that a clone of it has less to wait for."""
     with open(path, "rb", buffering=0) as file:
         os.fdatasync(file.fileno())
+
+
+def image_bytes(path: str) -> int:
+    """The size of an image, which may be a block device. Raises OSError."""
+    with open(path, "rb", buffering=0) as image:
+        return image.seek(0, os.SEEK_END)
+
+
+def describe_base(path: str, image_format: str) -> BaseImage:
+    """What tells whether an image is still the same. Raises OSError."""
+    status = os.stat(path)
+    is_device = stat.S_ISBLK(status.st_mode)
+    return BaseImage(path, image_format, image_bytes(path), 0 if is_device else status.st_mtime_ns)
 
 
 def clone_refusal(source: str, image_format: str, directory: str) -> str:

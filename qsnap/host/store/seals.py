@@ -65,7 +65,7 @@ def take_seal(fd: int, file: str, report: Report) -> Seal:
     """
     _wait_until_settled(fd)
     before = os.fstat(fd)
-    sha256 = _digest(fd, before.st_size, report)
+    sha256 = _digest(fd, os.lseek(fd, 0, os.SEEK_END), report)
     seal = seal_of(before, sha256)
     if seal != seal_of(os.fstat(fd), sha256):
         raise IntegrityError("the file changed while it was read", file=file, advice="Find out what writes to it.")
@@ -129,6 +129,8 @@ def _next_data(fd: int, offset: int, size_bytes: int) -> int:
     try:
         return min(os.lseek(fd, offset, os.SEEK_DATA), size_bytes)
     except OSError as error:
+        if error.errno == errno.EINVAL:  # a block device has no holes
+            return offset
         if error.errno != errno.ENXIO:
             raise
         return size_bytes

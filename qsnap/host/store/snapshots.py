@@ -40,6 +40,7 @@ from qsnap.host.store.seals import (
     seal_of,
     take_seal,
 )
+from qsnap.host.volumes import remove_volume, volume_below
 from qsnap.model import Snapshot, StoredFile
 from qsnap.rules.manifest import (
     DIRECTORIES,
@@ -423,7 +424,12 @@ class Store:
         if locked := {path for path in waste if path.startswith("disks/") and is_locked(home / path)}:
             kept |= {*locked, "boot"}  # a VM of which nobody told has them open, and is to be saved with its kernel
             waste = garbage(committed, files, kept)
+        needed = {disk.base.file for saved in committed for vm in saved.vms for disk in vm.disks if disk.base}
+        volumes = {path: volume for path in waste if (volume := volume_below(home / path))}
+        waste = tuple(path for path in waste if volumes.get(path) not in needed | in_use)
         for path in waste:
+            if path in volumes:
+                remove_volume(volumes[path])
             remove_tree(home / path)
         for path in reversed(garbage((), directories, kept)):
             with suppress(OSError):  # it is not empty: something in it is needed
