@@ -31,6 +31,7 @@ from testbed.tasks import together
 from testbed.vagrant import ROOT, Machine, Machines, open_machines
 
 QSNAP = "/opt/qsnap"  #: the virtual environment in each machine
+QEMU = "/opt/qemu-11.1/bin/qemu-system-x86_64"  #: beside the system's, which libvirt uses
 FILES = "/opt/testbed"
 GUEST_FILES = ("vmlinuz", "initrd")
 ENGINES = (qsnap.Engine.BACKGROUND, qsnap.Engine.PRECOPY)
@@ -39,6 +40,7 @@ READY_S = 300.0
 TRAFFIC_S = 10.0
 RUN_ON_S = 10.0  #: between the snapshot and the kill
 DEADLINE_S = 180.0
+ATTACHED_S = 900.0
 
 
 def make_vne() -> qsnap.VNE:
@@ -53,6 +55,7 @@ def make_vne() -> qsnap.VNE:
             append=kernel_append(number, 2, **options),
             nics=(qsnap.Nic("lan", f"52:54:00:00:00:{number:02x}"),),
             accelerator=qsnap.Accelerator.KVM,
+            qemu=QEMU,
         )
         for number in (1, 2)
     )
@@ -90,6 +93,7 @@ class Run:
         killed = await self.kill()
         for snapshot in saved:
             await self.bring_back(snapshot, killed)
+        await self.attach()
 
     @staticmethod
     def python(module: str) -> tuple[str, ...]:
@@ -169,6 +173,13 @@ class Run:
             self.screen.mark(proof.claim)
             for line in proof.evidence:
                 self.screen.say(f"   {line}", "dim")
+
+    async def attach(self) -> None:
+        """What can be seen in one machine alone, of VMs that libvirt has started."""
+        with self.screen.step("Domains of libvirt's, with KVM, vhost-net and thin volumes, attached to in one machine"):
+            told = await self.hosts[0].run(*self.python("testbed.attached"), timeout_s=ATTACHED_S)
+        for line in told.splitlines():
+            self.screen.mark(line)
 
     async def judge(self, vm: qsnap.VMSnapshot) -> Cut:
         """What the stored RAM image of one VM says of its guest."""
