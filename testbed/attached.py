@@ -152,9 +152,7 @@ class Lab:
         require(all(Path(volume).exists() for volume in volumes), f"a volume is gone: {volumes}")
         await qsnap.remove(NAME, saved.name)
         require(not any(Path(volume).exists() for volume in volumes), f"a volume was left: {volumes}")
-        say(
-            "Restored with KVM and vhost-net, disks as they were at the cut; no volume left when the snapshot is removed"
-        )
+        say("Restored with KVM and vhost-net, disks as they were at the cut; no volume left when it is removed")
 
     async def write(self, pattern: int) -> None:
         """Have the beginning of each disk hold a pattern, written by QEMU as a guest's request would be."""

@@ -116,6 +116,7 @@ async def _disks(store: Path) -> str:
     except OSError as error:
         advice = "Choose another --store, or run qsnap as the user that it belongs to."
         raise HostError(error.strerror or str(error), where=str(store), advice=advice) from error
-    engines = [DiskEngine.OVERLAY, *([DiskEngine.REFLINK] if reflink else []), DiskEngine.COPY]
+    able = {DiskEngine.AUTO: False, DiskEngine.REFLINK: reflink, DiskEngine.LVM: bool(shutil.which("lvcreate"))}
+    engines = [engine for engine in DiskEngine if able.get(engine, True)]
     free = shutil.disk_usage(store).free >> 30
     return f"{', '.join(engine.value for engine in engines)}; {free} GiB free in the store"
