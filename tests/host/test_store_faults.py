@@ -133,6 +133,29 @@ class TestRemoving:
             assert set(await store.collect("lab")) == {"disks/closed.qcow2", "snapshots/old/left.ram"}
         assert set(await store.collect("lab")) == {"disks/open.qcow2", "boot/kernel"}
 
+    async def test_a_layer_whose_volume_is_needed_stays(
+        self, store: Store, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By a VM, or by a snapshot whose layers were merged; and the volume goes with its layer."""
+        removed: list[str] = []
+        monkeypatch.setattr("qsnap.host.store.snapshots.remove_volume", removed.append)
+        volume, path = "/dev/vg0/qsnap-0123456789ab", "disks/alice-disk0-0123456789ab.qcow2"
+        write(home / path, b"QFI\xfb" + struct.pack(">IQI", 3, 24, len(volume)) + bytes(4) + volume.encode())
+        saved = snapshot()
+        (disk,) = saved.vms[0].disks
+        assert disk.base is not None
+        merged = evolve(disk, base=evolve(disk.base, file=volume))
+        for file, content in contents().items():
+            write(home / file, content)
+            await store.seal_file("lab", file)
+        await store.commit(evolve(saved, vms=(evolve(saved.vms[0], disks=(merged,)),)))
+        assert await store.collect("lab") == ()
+        await store.remove("lab", "s1", in_use=[volume])
+        assert removed == []
+        assert present(home) == {path}
+        assert await store.collect("lab") == (path,)
+        assert removed == [volume]
+
     async def test_nothing_is_collected_beside_a_damaged_manifest(self, store: Store, home: Path) -> None:
         await save(store, "s1")
         await save(store, "s2")
