@@ -364,7 +364,11 @@ def _check_option(source: Source, key: Key, option: str, argument: str) -> None:
         raise source.error(key, f"the option {option} cannot be given here", reason)
 
 
-_device = matching(r"[A-Za-z0-9][A-Za-z0-9._-]*", "the name of a QEMU device or machine; properties cannot be added")
+_machine = matching(r"[A-Za-z0-9][A-Za-z0-9._-]*", "the name of a QEMU machine; properties cannot be added")
+_device = matching(
+    r"[A-Za-z0-9][A-Za-z0-9._-]*(,(?!(drive|id|netdev|mac)=)[A-Za-z][A-Za-z0-9._-]*=[^,]+)*",
+    'a QEMU device, such as "ide-hd,bus=ide.2": a name, and properties but for those that qsnap sets',
+)
 _interface = matching(r"[^\s/]{1,15}", "the name of a network interface: 1 to 15 characters")
 _filled = matching(r"(?s:.+)", "a file")
 _mac_form = matching(r"(?i:[0-9a-f]{2}(:[0-9a-f]{2}){5})", 'a MAC: six bytes such as "52:54:00:12:34:56"')
@@ -374,7 +378,7 @@ _READERS: dict[str, Reader[Any]] = {
     "dimms": tuple_of(memory),
     "backing": member(Backing),
     "vcpus": whole(1, 255),
-    "machine": _device,
+    "machine": _machine,
     "cpu": string,
     "accelerator": member(Accelerator),
     "qemu": _qemu,

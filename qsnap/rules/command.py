@@ -24,6 +24,7 @@ DISK_DEVICE = "disk{}-device"
 PFLASH = "pflash"  #: the interface of a disk that is flash memory of the machine: firmware, or its variables
 BOOT_OPTIONS = ("-kernel", "-initrd", "-dtb", "-bios")  #: name files that a guest boots from
 TOLD_TO_HOLD = "migration.switchover-ack-legacy=on"
+ON_A_BUS = ("scsi-", "usb-")  #: beginnings of the names of those that need a controller, which `extra` adds
 NICS_WITHOUT_ROM = ("-device", "-ccw", "_isa", "usb-net")  #: ends of the names of those that are not on PCI
 
 
@@ -116,19 +117,21 @@ def plan_hardware(vm: VM, accelerator: Accelerator) -> tuple[str, ...]:
     ]
     for index in range(len(vm.dimms)):
         arguments += ["-device", f"pc-dimm,memdev={DIMM_RAM.format(index)},id=dimm{index}"]
+    devices = []
     for index, disk in enumerate(vm.disks):
-        if index in flash:
-            continue
-        drive, device = DISK_NODE.format(index), DISK_DEVICE.format(index)
-        arguments += ["-device", f"{disk.interface},drive={drive},id={device}"]
+        if index not in flash:
+            devices.append(f"{disk.interface},drive={DISK_NODE.format(index)},id={DISK_DEVICE.format(index)}")
     for index, nic in enumerate(vm.nics):
         # without a boot ROM: its size differs between QEMU versions, which a stream would not survive
-        rom = "" if nic.model.endswith(NICS_WITHOUT_ROM) else ",romfile="
-        arguments += ["-device", f"{nic.model},netdev=net{index},mac={nic.mac},id=nic{index}{rom}"]
+        rom = "" if nic.model.partition(",")[0].endswith(NICS_WITHOUT_ROM) else ",romfile="
+        devices.append(f"{nic.model},netdev=net{index},mac={nic.mac},id=nic{index}{rom}")
+    arguments += [word for device in devices if not device.startswith(ON_A_BUS) for word in ("-device", device)]
     for option in ("kernel", "initrd", "append"):
         if value := getattr(vm, option):
             arguments += [f"-{option}", value]
-    return (*arguments, *vm.extra)
+    arguments += vm.extra
+    arguments += [word for device in devices if device.startswith(ON_A_BUS) for word in ("-device", device)]
+    return tuple(arguments)
 
 
 def with_machine_type(hardware: tuple[str, ...], machine_type: str) -> tuple[str, ...]:

@@ -55,6 +55,14 @@ KINDS: dict[str, tuple[tuple[Engine, ...], dict[str, Any]]] = {
             "guest": {"net": "10.0.0,10.0.1"},
         },
     ),
+    "disks-on-buses": (
+        BOTH,
+        {
+            "machine": "q35",
+            "interfaces": ("ide-hd,bus=ide.2", "scsi-hd,rotation_rate=1"),
+            "extra": ("-device", "virtio-scsi-pci"),
+        },
+    ),
     "virt": (BOTH, {**VIRT, "qemu": QEMU_11_ARM}),
     "virt-7.2": ((Engine.BACKGROUND,), {**VIRT, "qemu": QEMU_7_ARM, "backing": Backing.MEMFD}),
 }
