@@ -14,15 +14,18 @@ from functools import partial
 from pathlib import Path
 
 import trio
+from attrs import frozen
 
 import qsnap
 from qsnap.host.qmp import open_loop, open_qmp
 from testbed.guests import GuestConsole, kernel_append
+from testbed.libvirt import Libvirt, open_libvirtd
 from testbed.proofs import prove_all, read_cut, require
 from testbed.state import GuestState
 from testbed.tasks import together
 
 GUEST = Path("/opt/testbed/guest")
+OWN_NETNS = "/proc/1/ns/net"  #: the machine's
 NAME = "virt"
 GROUP = "testbed"
 NUMBERS = (1, 2)
@@ -41,7 +44,6 @@ pvcreate -q $device && vgcreate -q {GROUP} $device
 lvcreate -q --type thin-pool -L 800M -n pool {GROUP}
 for number in 1 2; do lvcreate -q -V 64M --thinpool pool -n disk$number {GROUP}; done
 ip link add virt0 up type bridge
-systemctl start libvirtd
 """
 DOMAIN = """\
 <domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
@@ -70,7 +72,6 @@ DOMAIN = """\
     </interface>
     <serial type='unix'><source mode='bind' path='{root}/{number}.console'/></serial>
   </devices>
-  <seclabel type='none'/>
   <qemu:commandline>
     <qemu:arg value='-qmp'/><qemu:arg value='unix:{root}/{number}.qmp,server=on,wait=off'/>
   </qemu:commandline>
@@ -78,15 +79,15 @@ DOMAIN = """\
 """
 
 
+@frozen
 class Lab:
-    """The domains, and what qsnap makes of them."""
+    """The domains, and what qsnap makes of them. Their files are in `root`."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    root: Path
+    libvirt: Libvirt
 
     async def run(self) -> None:
         """All of it, once for each engine."""
-        await run("sh", "-ec", PREPARE.format(root=self.root))
         for engine in ENGINES:
             await self.start()
             saved = await self.save(engine)
@@ -100,7 +101,7 @@ class Lab:
             xml = DOMAIN.format(number=number, guest=GUEST, append=append, group=GROUP, root=self.root)
             path = self.root / f"{number}.xml"
             path.write_text(xml)
-            await virsh("create", str(path))
+            await self.libvirt.virsh("create", str(path))
         async with self.consoles() as consoles:
             await together(partial(each.wait_ready, trio.current_time() + READY_S) for each in consoles)
         await trio.sleep(TRAFFIC_S)
@@ -108,7 +109,8 @@ class Lab:
     async def save(self, engine: qsnap.Engine) -> qsnap.Snapshot:
         """A snapshot under traffic, between two writes to the disks."""
         await self.write(BEFORE)
-        await qsnap.attach(await qsnap.load_domains(NAME, [f"vm{number}" for number in NUMBERS]))
+        names = [f"vm{number}" for number in NUMBERS]
+        await qsnap.attach(await qsnap.load_domains(NAME, names, connect=self.libvirt.uri))
         await check_vhost()
         saved = await qsnap.snapshot(NAME, engine.value, engine=engine)
         await self.write(AFTER)
@@ -128,7 +130,7 @@ class Lab:
         async with self.consoles() as consoles:
             states = await together(each.status for each in consoles)
         for number in NUMBERS:
-            await virsh("destroy", f"vm{number}")
+            await self.libvirt.virsh("destroy", f"vm{number}")
         return states
 
     async def bring_back(self, saved: qsnap.Snapshot, killed: Sequence[GuestState]) -> None:
@@ -191,10 +193,6 @@ async def check_vhost() -> None:
         require(f"vhost-{vm.pid}" in tasks, f"VM {vm.name} has no vhost-net")
 
 
-async def virsh(*words: str) -> None:
-    await run("virsh", "-q", *words)
-
-
 async def run(*command: str) -> str:
     """Run a command; what it prints. Raises RuntimeError with that if it fails."""
     done = await trio.run_process(
@@ -213,7 +211,9 @@ def say(text: str) -> None:
 async def main() -> None:
     """All of it."""
     root = Path(tempfile.mkdtemp(prefix="attached-", dir="/var/tmp"))
-    await Lab(root).run()
+    await run("sh", "-ec", PREPARE.format(root=root))
+    async with open_libvirtd(root / "libvirt", OWN_NETNS) as libvirt:
+        await Lab(root, libvirt).run()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ MOUNTS = """\
 cd {directory}
 mount --bind etc /etc/libvirt && mount --bind passwd /etc/passwd && mount --bind group /etc/group || exit
 for private in /run /var/lib /var/cache; do mount -t tmpfs tmpfs $private || exit; done
-mount -t sysfs sysfs /sys || exit
+umount -l /sys && mount -t sysfs sysfs /sys || exit
 mkdir /run/huge && mount -t hugetlbfs hugetlbfs /run/huge || exit
 exec libvirtd
 """

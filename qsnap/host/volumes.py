@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 
 from qsnap.errors import HostError
+from qsnap.host.births import starting
 
 _HEADER = struct.Struct(">4sIQI")  #: of qcow2 images: magic, version, where the base's name is, its length
 _MAGIC = b"QFI\xfb"
@@ -45,12 +46,14 @@ def _mark(layer: str) -> str:
     return Path(layer).stem.rpartition("-")[2]
 
 
-def snapshot_volume(origin: str, volume: str) -> None:
-    """Make `volume`, which stays what the thin volume `origin` is now. Raises HostError if LVM refuses."""
+def snapshot_volume(origin: str, volume: str, layer: str) -> None:
+    """Make `volume`, which stays what the thin volume `origin` is now, for a layer. Raises HostError if LVM refuses."""
     device = os.stat(origin).st_rdev
     name = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/dm/name").read_text().strip()
     options = ("--permission", "r", "--setactivationskip", "n", "--ignoremonitoring")
-    _run("lvcreate", "-q", "--snapshot", *options, "--name", Path(volume).name, f"/dev/mapper/{name}", where=origin)
+    command = ("lvcreate", "-q", "--snapshot", *options, "--name", Path(volume).name, f"/dev/mapper/{name}")
+    with starting(os.path.dirname(layer)) as fd:
+        _run(*command, where=origin, inherited=(fd,))
 
 
 def volume_below(layer: Path) -> str:
@@ -74,9 +77,18 @@ def remove_volume(volume: str) -> None:
         _run("lvremove", "-q", "-y", "--ignoremonitoring", volume.removeprefix("/dev/"), where=volume, advice=_BUSY)
 
 
-def _run(*command: str, where: str, advice: str = "") -> str:
+def _run(*command: str, where: str, advice: str = "", inherited: tuple[int, ...] = ()) -> str:
+    quiet = {**os.environ, "LVM_SUPPRESS_FD_WARNINGS": "1"}
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=quiet,
+            pass_fds=inherited,
+            check=False,
+        )
     except FileNotFoundError as error:
         raise HostError(f"there is no {command[0]} here", where=where, advice="Install LVM: lvm2.") from error
     if done.returncode:

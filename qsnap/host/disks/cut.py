@@ -273,7 +273,7 @@ class DiskCut:
     def _clone(self, step: DiskStep) -> None:
         source = step.disk.files[0].path
         if step.volume:
-            snapshot_volume(source, step.volume)
+            snapshot_volume(source, step.volume, step.file.path)
             return
         try:
             clone_file(source, step.file.path)
