@@ -55,6 +55,7 @@ DOMAIN = """\
     <initrd>{guest}/initrd</initrd>
     <cmdline>{append}</cmdline>
   </os>
+  <features><acpi/><apic/></features>
   <cpu mode='host-passthrough'/>
   <devices>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>

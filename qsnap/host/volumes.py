@@ -74,7 +74,7 @@ def volume_below(layer: Path) -> str:
 def remove_volume(volume: str) -> None:
     """Remove a volume, if it is there. Raises HostError if LVM refuses."""
     if os.path.exists(volume):
-        _run("lvremove", "-q", "-y", "--ignoremonitoring", volume.removeprefix("/dev/"), where=volume, advice=_BUSY)
+        _run("lvremove", "-q", "-y", volume.removeprefix("/dev/"), where=volume, advice=_BUSY)
 
 
 def _run(*command: str, where: str, advice: str = "", inherited: tuple[int, ...] = ()) -> str:
