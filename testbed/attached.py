@@ -33,7 +33,7 @@ OPTIONS = {"dirty_mb": 8, "rate_mb": 2, "udp": 20, "tcp": 1, "tcp_kbps": 500}
 ENGINES = (qsnap.Engine.BACKGROUND, qsnap.Engine.PRECOPY)
 BEFORE, AFTER = 0x11, 0x22  #: what the disks hold at the cut, and what is written there later
 DISK = "/machine/peripheral/virtio-disk0/virtio-backend"
-READY_S = 300.0
+READY_S = 600.0
 TRAFFIC_S = 10.0
 DEADLINE_S = 180.0
 PREPARE = f"""\
@@ -117,6 +117,7 @@ class Lab:
         await self.write(AFTER)
         kept = {disk.engine for vm in saved.vms for disk in vm.disks}
         require(kept == {qsnap.DiskEngine.LVM}, f"disks were kept by {kept}")
+        require(all(vm.engine is engine for vm in saved.vms), f"another engine: {[vm.reason for vm in saved.vms]}")
         require(all(vm.accelerator is qsnap.Accelerator.KVM for vm in saved.vms), "a domain does not run with KVM")
         for number, vm in zip(NUMBERS, saved.vms, strict=True):
             (disk,) = vm.disks

@@ -40,7 +40,7 @@ READY_S = 300.0
 TRAFFIC_S = 10.0
 RUN_ON_S = 10.0  #: between the snapshot and the kill
 DEADLINE_S = 180.0
-ATTACHED_S = 900.0
+ATTACHED_S = 1800.0
 
 
 def make_vne() -> qsnap.VNE:
