@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from qsnap.host.qmp import open_loop, open_qmp
-from qsnap.model import VM, Accelerator
+from qsnap.model import VM, Accelerator, Nic
 from qsnap.rules.adopt import adopt
 from qsnap.rules.command import RAM_ID, AnonymousRam, Backends, MemoryBackend, plan_command
 from tests.live.lab import GUEST, QEMU_7, QEMU_11
@@ -102,7 +102,8 @@ async def test_the_same_machine(name: str, qemu: str, tmp_path: Path) -> None:
     layers = tuple(str(tmp_path / f"layer{index}") for index in range(len(taken.disks)))
     taps = tuple("t0" for _ in taken.netdevs)
     backends = Backends(str(tmp_path), (MemoryBackend(RAM_ID, size, AnonymousRam()),), layers, taps)
-    command = plan_command(VM("x", size, qemu=qemu), "x", taken.hardware, Accelerator.TCG, backends)
+    vm = VM("x", size, qemu=qemu, nics=tuple(Nic("lan", "") for _ in taps))
+    command = plan_command(vm, "x", taken.hardware, Accelerator.TCG, backends)
     again, same_tree, same_pci = await machine(command, tmp_path)
 
     assert again == machine_type
