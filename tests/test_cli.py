@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from attrs import evolve
 from cattrs.preconf.json import make_converter
 from click.shell_completion import BashComplete
 from rich.console import Console, RenderableType
@@ -308,6 +309,14 @@ def test_tables_fit_80_columns_and_lose_nothing(view: Callable[[qsnap.Snapshot],
     Console(file=text, width=80, markup=False).print(view(snapshot("a-rather-long-name-of-a-snapshot")))
     assert all(len(line) <= 80 for line in text.getvalue().splitlines())
     assert "\N{HORIZONTAL ELLIPSIS}" not in text.getvalue()
+
+
+@pytest.mark.parametrize(("here", "said"), [("alpha", True), ("", False)])
+@pytest.mark.parametrize("view", [tables.details_text, lambda each: tables.snapshots_text([each])])
+def test_a_part_names_its_host(view: Callable[[qsnap.Snapshot], RenderableType], here: str, said: bool) -> None:
+    saved, text = snapshot(), StringIO()
+    Console(file=text, width=80, markup=False).print(view(evolve(saved, vne=evolve(saved.vne, here=here))))
+    assert ("alpha" in text.getvalue()) == said
 
 
 def test_units() -> None:

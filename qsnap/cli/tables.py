@@ -99,7 +99,7 @@ def _discrepancy(snapshot: Snapshot) -> list[str]:
 
 
 def snapshots_text(snapshots: Sequence[Snapshot]) -> RenderableType:
-    """One line for each snapshot."""
+    """One line for each snapshot. What is a part of one, as a host has it, names the host."""
     if not snapshots:
         return "No snapshots."
     header = ("VNE", "NAME", "CREATED", "VMS", "SIZE", "DOWNTIME", "CUT")
@@ -112,7 +112,7 @@ def _snapshot_row(snapshot: Snapshot) -> tuple[str, ...]:
         snapshot.vne.name,
         snapshot.name,
         instant_text(snapshot.created_s),
-        str(len(snapshot.vms)),
+        f"{len(snapshot.vms)} on {snapshot.vne.here}" if snapshot.vne.here else str(len(snapshot.vms)),
         size_text(stored_bytes(snapshot)),
         WAS_PAUSED if downtime_ms is None else duration_text(downtime_ms),
         snapshot.cut.value,
@@ -124,6 +124,7 @@ def details_text(snapshot: Snapshot) -> RenderableType:
     facts = {
         "snapshot": snapshot.name,
         "VNE": snapshot.vne.name,
+        **({"part": f"of host {snapshot.vne.here}; other hosts have the rest"} if snapshot.vne.here else {}),
         "created": instant_text(snapshot.created_s),
         "cut": snapshot.cut.value,
         "size": size_text(stored_bytes(snapshot)),
