@@ -53,7 +53,7 @@ async def check_nothing_left(vne: str, place: qsnap.Place, states: list[str]) ->
     store = Path(status.store) / vne
     kept = {str(path.relative_to(store)) for path in store.rglob("*") if path.is_file()}
     saved = {file.path for snapshot in await qsnap.snapshots(vne, place=place) for file in files_in(snapshot)}
-    needed = {path for path in saved if not path.startswith("snapshots/")} | set(live.files_in_use())
+    needed = {path for path in (*saved, *live.files_in_use()) if not path.startswith(("snapshots/", "/"))}
     assert {path for path in kept if not path.startswith("snapshots/")} == needed
     assert {path.name for path in (store / "snapshots").glob("*")} == {
         snapshot.name for snapshot in await qsnap.snapshots(vne, place=place)
