@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from scenarios.processes import MAKE_WATCHED, start_job
-from scenarios.ssh import SSH, serve_ssh
+from scenarios.ssh import FIRST_S, SSH, serve_ssh
 from testbed.shell import GuestShell, run_everywhere
 
 DIRECTORY = "/srv/work"  #: where the ranks run; what the first leaves there is what comes of the work
@@ -32,7 +32,7 @@ def address(name: str) -> str:
 async def start_ranks(shells: Mapping[str, GuestShell], program: str, files: Mapping[str, str]) -> None:
     """Start a program as a rank on each guest, beside files that the first one has, by name."""
     await serve_ssh(shells)
-    await run_everywhere(shells.values(), PREPARE + MAKE_WATCHED)
+    await run_everywhere(shells.values(), PREPARE + MAKE_WATCHED, limit_s=FIRST_S)
     written = [f"cat >{DIRECTORY}/{name} <<'END'\n{text}END" for name, text in files.items()]
     hosts = "\n".join(f"{address(name)} slots=1" for name in shells)
     await first(shells).run("\n".join((*written, f"cat >/run/hosts <<'END'\n{hosts}\nEND")))
