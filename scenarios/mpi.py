@@ -17,8 +17,9 @@ gcc -shared -o /run/yield.so -x c - <<<'int usleep(unsigned); int sched_yield(vo
 """
 RUN = (
     "mpirun --allow-run-as-root --hostfile /run/hosts --map-by node --bind-to none"
-    f" --mca plm_rsh_agent '{SSH}' --mca plm_rsh_no_tree_spawn 1 --mca pml ob1 --mca btl tcp,self"
-    " --mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 --mca mpi_yield_when_idle 1"
+    f" --mca plm_rsh_agent '{SSH}' --mca plm_rsh_no_tree_spawn 1 --mca plm_rsh_num_concurrent 2"  # processors are few
+    " --mca pml ob1 --mca btl tcp,self --mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0"
+    " --mca mpi_yield_when_idle 1"
     " /run/watched nice env LD_PRELOAD=/run/yield.so {program}"  # so that the guest answers meanwhile
 )
 LOGS = f"tail -n 30 /run/job.log {DIRECTORY}/*; ss -tn | head -n 40; ps -ef | tail -n 30"
