@@ -57,6 +57,7 @@ def refuted(judged: History[Outcome]) -> list[str]:
 
 def test_a_good_history() -> None:
     assert refuted(history()) == []
+    assert refuted(history(said("PTRANS_n=24", "PTRANS_n=32")(GOOD))) == [], "another size was the fastest"
 
 
 def said(old: str, new: str) -> Callable[[Outcome], Outcome]:
