@@ -89,6 +89,32 @@ async def test_a_vm_that_waits_for_others_is_followed(place: qsnap.Place, monkey
         assert judge(saved, place).wrong_stamps == 0
 
 
+@pytest.mark.parametrize(
+    ("wish", "engine", "reason"),
+    [(Engine.AUTO, Engine.BACKGROUND, "did not converge"), (Engine.PRECOPY, Engine.PRECOPY, "and was ended")],
+)
+async def test_a_held_vm_that_is_said_to_diverge(
+    wish: Engine, engine: Engine, reason: str, place: qsnap.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is held until it is given up, or cut all the same."""
+    settled = daemon.Daemon.wait_settled
+
+    async def wait_settled(self: daemon.Daemon) -> bool:
+        await settled(self)
+        return False
+
+    monkeypatch.setattr(daemon.Daemon, "wait_settled", wait_settled)
+    await qsnap.up(make_vne("fast", vms=2, qemu=QEMU_11), place=place)
+    async with open_consoles("fast", place, 2) as consoles:
+        await wait_ready(consoles)
+        saved = await qsnap.snapshot("fast", "cut", engine=wish, place=place)
+        assert [vm.engine for vm in saved.vms] == [engine] * 2
+        assert all(reason in vm.reason for vm in saved.vms)
+        verdict = judge(saved, place)
+        assert (verdict.orphans, verdict.wrong_stamps) == (0, 0)
+        await check_continues(consoles, verdict.states)
+
+
 @pytest.mark.parametrize("held", [True, False], ids=["held", "on its own"])
 @pytest.mark.parametrize("engine", [Engine.AUTO, Engine.PRECOPY])
 async def test_a_guest_that_outruns_precopy(
