@@ -27,10 +27,16 @@ class Hold:
     """Holds the QEMU that has `qemu_fd` from the time when it has converged until `released` says so."""
 
     def __init__(
-        self, qemu_fd: int, released: Callable[[float], bool], tell: Callable[[str], None], patience: float
+        self,
+        qemu_fd: int,
+        released: Callable[[float], bool],
+        queued: Callable[[], int],
+        tell: Callable[[str], None],
+        patience: float,
     ) -> None:
         self._theirs = socket.socket(fileno=qemu_fd)  # while this is open, the stream does not end
         self._released = released  # waits for so many seconds
+        self._queued = queued  # bytes of the stream that were sent and not yet read
         self._tell = tell
         self._patience = patience
         self._convergence = Convergence(0)
@@ -40,11 +46,12 @@ class Hold:
         self._begun_s = 0.0
         self._wait_s = FIRST_S
         self._sent_before = 0
+        self._old = 0  # the stream's offset up to which it was sent before the last wait was over
         self.over = False
 
     def follow(self, event: Event | None, reader: StreamReader) -> None:
         """Look at what has come, and wait if it is time to."""
-        self._end_sections(reader.sections)
+        self._end_sections(reader)
         match event:
             case RamSetup(blocks=blocks):
                 page_bytes = reader.target_page_size
@@ -56,12 +63,14 @@ class Hold:
                 number = self._blocks[block.idstr]
                 self._convergence.add(number, int(page_offsets.min()), int(page_offsets.max()), page_offsets.size)
 
-    def _end_sections(self, sections: int) -> None:
-        for _ in range(self._sections, sections):
+    def _end_sections(self, reader: StreamReader) -> None:
+        for _ in range(self._sections, reader.sections):
             self._convergence.end_section()
-        self._sections = sections
+        self._sections = reader.sections
+        if reader.stream_offset < self._old:  # hundreds of short passes may lie there, and a long one behind them
+            self._convergence.resume()
         if self._convergence.converged:
-            self._wait()
+            self._wait(reader)
         elif self._convergence.hopeless:
             self._say("diverged")
 
@@ -70,12 +79,13 @@ class Hold:
             self._told = True
             self._tell(word)
 
-    def _wait(self) -> None:
+    def _wait(self, reader: StreamReader) -> None:
         narrow_socket(self._theirs)
         early_s = self._begun_s + BEGIN_S - time.monotonic()
         if early_s <= 0:
             self._say("settled")
         released = self._released(early_s if early_s > 0 else self._wait_s)
+        self._old = reader.received_bytes + self._queued()
         widen_socket(self._theirs)
         if released:
             self.end()

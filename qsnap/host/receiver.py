@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import json
 import os
 import select
 import signal
 import sys
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -232,6 +234,10 @@ class Inlet:
             self._listen()
         return self.released
 
+    def count_queued(self) -> int:
+        """Bytes of the stream that wait to be read."""
+        return int.from_bytes(fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+
     def _listen(self) -> None:
         if not os.read(self._status_fd, 1):
             raise ParentGoneError
@@ -371,7 +377,7 @@ def _keep_newest(options: argparse.Namespace, inlet: Inlet, status: Status) -> N
     status.send("ready")
     hold = None
     if options.hold is not None:
-        hold = Hold(options.hold, inlet.wait_released, status.send, options.patience)
+        hold = Hold(options.hold, inlet.wait_released, inlet.count_queued, status.send, options.patience)
     Receiver(inlet, status, snapshot, reader, options.give_way, hold).run()
     status.send("done", **snapshot.finish())
 

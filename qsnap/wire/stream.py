@@ -110,6 +110,11 @@ class StreamReader:
         """Bytes from the start of the stream to what is read next."""
         return self._discarded + self._position
 
+    @property
+    def received_bytes(self) -> int:
+        """Bytes from the start of the stream to what comes into the buffer next."""
+        return self._discarded + self._end
+
     def get_buffer(self) -> memoryview:
         """Where to put more of the stream. Events handed out before are void from here on."""
         left = self._end - self._position

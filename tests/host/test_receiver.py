@@ -239,6 +239,7 @@ def test_who_is_held_waits_when_little_is_left(daemons: Any, tmp_path: Path) -> 
     again = b.part(b.data_page(0, B, "pc.ram"))
     daemon.send(b.header() + b.setup(BLOCKS) + FIRST_PASS)
     assert daemon.message() == {"event": "tracking"}
+    time.sleep(2 * BEGIN_S)
     daemon.send(again * 20)
     assert daemon.message() == {"event": "settled"}
     sections = again * 1000
@@ -264,6 +265,21 @@ def test_who_makes_many_short_passes_at_once_is_held_all_the_same(daemons: Any) 
         daemon.send(b.part(b""))
         time.sleep(0.01)
     assert daemon.message() == {"event": "settled"}
+    daemon.status.send(b".")
+    assert daemon.finish(b.end() + b.devices())["event"] == "done"
+
+
+def test_who_is_held_catches_up_with_all_that_it_had_sent(daemons: Any) -> None:
+    """Whatever number of passes that is: otherwise what is behind them would fall into the pause."""
+    daemon = daemons(held=True)
+    daemon.send(b.header() + b.setup(BLOCKS) + FIRST_PASS)
+    assert daemon.message() == {"event": "tracking"}
+    time.sleep(2 * BEGIN_S)
+    again = b.part(b.data_page(0, B, "pc.ram"))
+    daemon.send(again * 3)
+    assert daemon.message() == {"event": "settled"}
+    sections = again * 2000
+    assert write_while_it_goes(daemon, sections, 3.0) == len(sections)
     daemon.status.send(b".")
     assert daemon.finish(b.end() + b.devices())["event"] == "done"
 

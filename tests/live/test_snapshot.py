@@ -85,7 +85,7 @@ async def test_a_vm_that_waits_for_others_is_followed(place: qsnap.Place, monkey
         taken = saved.vms[0].measurements
         assert taken.stop_instant_s > taken.start_instant_s + LONG_S
         written = 20 * LONG_S * 2**20 / 4096
-        assert 0 < taken.last_iteration_pages < written / 2
+        assert taken.last_iteration_pages < written / 4
         assert judge(saved, place).wrong_stamps == 0
 
 
