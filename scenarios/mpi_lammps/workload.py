@@ -16,9 +16,10 @@ from testbed.shell import GuestShell
 INPUT = Path(__file__).with_name("in.melt").read_text()
 LOG = "log.melt"
 PROGRAM = "lmp -in in.melt -log {log} -screen none -var cells {cells} -var every {every} -var steps {steps}"
-#: Cells of four atoms in each direction, and steps; a line is written after so many.
-WHOLE, SHORT, EVERY = (8, 1000), (6, 1500), 10
-SHORT_VMS = 2  #: with more, each step takes longer: all wait for all, on the same processors
+LINES = 100  #: at least, where there are as many steps
+#: Cells of four atoms in each direction, and steps.
+WHOLE, SHORT = (8, 1000), (6, 1500)
+SHORT_VMS = 2  #: with twice as many, each step takes four times as long: all wait for all, on the same processors
 LINE = r"^ *[0-9]\+ \+[0-9.]\+ "
 READ = f"cd {mpi.DIRECTORY} && sha256sum <atoms | cut -c 1-64 && cat {LOG}"
 #: The last digit of a line that is somewhere in the middle is another one.
@@ -32,6 +33,7 @@ class Melt:
     shells: Mapping[str, GuestShell]
     cells: int
     steps: int
+    every: int  #: so many steps a line is written
 
     @property
     def logs(self) -> str:
@@ -40,12 +42,12 @@ class Melt:
 
     async def start(self) -> None:
         """Start all ranks."""
-        program = PROGRAM.format(log=LOG, cells=self.cells, every=EVERY, steps=self.steps)
+        program = PROGRAM.format(log=LOG, cells=self.cells, every=self.every, steps=self.steps)
         await mpi.start_ranks(self.shells, program, {"in.melt": INPUT})
 
     async def progress(self) -> dict[str, float]:
         """The share of the lines that are written, at the guest that writes them; the last is of the last step."""
-        rank, lines = mpi.first(self.shells), self.steps // EVERY + 1
+        rank, lines = mpi.first(self.shells), self.steps // self.every + 1
         return {rank.name: await measure_job(rank, LINE, f"{mpi.DIRECTORY}/{LOG}", lines)}
 
     async def outcome(self) -> Outcome:
@@ -62,8 +64,9 @@ def make(shells: Mapping[str, GuestShell], short: bool) -> Melt:
     """The cluster of these guests."""
     cells, steps = SHORT if short else WHOLE
     if short:
-        steps = steps * SHORT_VMS // len(shells) // EVERY * EVERY
-    return Melt(shells, cells, steps)
+        steps = steps * SHORT_VMS**2 // len(shells) ** 2
+    every = max(1, steps // LINES)
+    return Melt(shells, cells, steps // every * every, every)
 
 
 SCENARIO = Scenario(
