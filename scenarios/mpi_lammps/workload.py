@@ -19,7 +19,7 @@ PROGRAM = "lmp -in in.melt -log {log} -screen none -var cells {cells} -var every
 LINES = 100  #: at least, where there are as many steps
 #: Cells of four atoms in each direction, and steps.
 WHOLE, SHORT = (8, 1000), (6, 1500)
-SHORT_VMS = 2  #: with twice as many, each step takes four times as long: all wait for all, on the same processors
+SHORT_VMS = 2  #: with four times as many, a step takes eight times as long: all wait for all, on the same processors
 LINE = r"^ *[0-9]\+ \+[0-9.]\+ "
 READ = f"cd {mpi.DIRECTORY} && sha256sum <atoms | cut -c 1-64 && cat {LOG}"
 #: The last digit of a line that is somewhere in the middle is another one.
@@ -64,7 +64,7 @@ def make(shells: Mapping[str, GuestShell], short: bool) -> Melt:
     """The cluster of these guests."""
     cells, steps = SHORT if short else WHOLE
     if short:
-        steps = steps * SHORT_VMS**2 // len(shells) ** 2
+        steps = int(steps * (SHORT_VMS / len(shells)) ** 1.5)
     every = max(1, steps // LINES)
     return Melt(shells, cells, steps // every * every, every)
 
