@@ -17,7 +17,7 @@ import trio
 import qsnap
 from qsnap.host.qemu import find_processes
 from qsnap.host.takedown import take_down
-from tests.live.lab import GUEST, QEMU_7, QEMU_11, ROOT, make_vne, open_consoles, wait_ready
+from tests.live.lab import GUEST, QEMU_7, QEMU_10, QEMU_11, ROOT, make_vne, open_consoles, wait_ready
 
 KEPT = ROOT / "build/test-consoles"
 
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _has_what_it_needs() -> None:
-    for path in (GUEST / "vmlinuz", GUEST / "initrd", Path(QEMU_11), Path("/dev/net/tun")):
+    for path in (GUEST / "vmlinuz", GUEST / "initrd", Path(QEMU_10), Path(QEMU_11), Path("/dev/net/tun")):
         assert path.exists(), f"{path} is missing: run scripts/setup --tests first"
     assert os.geteuid() == 0, "the live tests make network namespaces: run them as root"
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GUEST = ROOT / "build/guest"
 GUEST_ARM64 = ROOT / "build/guest-arm64"
 QEMU_7 = "qemu-system-x86_64"
+QEMU_10 = str(ROOT / "build/qemu-10.0/bin/qemu-system-x86_64")
 QEMU_11 = str(ROOT / "build/qemu-11.1/bin/qemu-system-x86_64")
 QEMU_7_ARM = "qemu-system-aarch64"
 QEMU_11_ARM = str(ROOT / "build/qemu-11.1/bin/qemu-system-aarch64")

@@ -16,19 +16,21 @@ from qsnap import DiskEngine, Engine
 from qsnap.host.disks import DiskCut, plan_disks, read_disks
 from qsnap.host.disks.jobs import Report
 from qsnap.host.qmp import open_loop, open_qmp
-from tests.live.lab import QEMU_7, QEMU_11, make_vne
+from tests.live.lab import QEMU_7, QEMU_10, QEMU_11, make_vne
 
 KINDS = [
     (QEMU_7, Engine.BACKGROUND, DiskEngine.OVERLAY),
     (QEMU_7, Engine.BACKGROUND, DiskEngine.REFLINK),
     (QEMU_7, Engine.BACKGROUND, DiskEngine.COPY),
+    (QEMU_10, Engine.PRECOPY, DiskEngine.COPY),
     (QEMU_11, Engine.BACKGROUND, DiskEngine.REFLINK),
     (QEMU_11, Engine.BACKGROUND, DiskEngine.COPY),
     (QEMU_11, Engine.PRECOPY, DiskEngine.OVERLAY),
     (QEMU_11, Engine.PRECOPY, DiskEngine.REFLINK),
     (QEMU_11, Engine.PRECOPY, DiskEngine.COPY),
 ]
-IDS = [f"{'7.2' if qemu == QEMU_7 else '11.1'}-{engine.value}-{disks.value}" for qemu, engine, disks in KINDS]
+VERSIONS = {QEMU_7: "7.2", QEMU_10: "10.0", QEMU_11: "11.1"}
+IDS = [f"{VERSIONS[qemu]}-{engine.value}-{disks.value}" for qemu, engine, disks in KINDS]
 SIZE = 4 << 20
 
 

@@ -14,11 +14,23 @@ import qsnap
 from qsnap import Backing, Cut, Engine
 from qsnap.host import capture, daemon, saving
 from qsnap.host.capture import Bounds, Precopy
-from tests.live.lab import QEMU_7, QEMU_11, check_continues, judge, make_vne, open_consoles, statuses, wait_ready
+from tests.live.lab import (
+    QEMU_7,
+    QEMU_10,
+    QEMU_11,
+    check_continues,
+    judge,
+    make_vne,
+    open_consoles,
+    statuses,
+    wait_ready,
+)
 
 KINDS = {
     "7.2-background-colour-anonymous": (QEMU_7, "pc", Engine.BACKGROUND, Cut.COLOUR, Backing.ANONYMOUS),
     "7.2-background-barrier-hugetlb-q35": (QEMU_7, "q35", Engine.BACKGROUND, Cut.BARRIER, Backing.HUGETLB),
+    "10.0-background-colour-hugetlb": (QEMU_10, "pc", Engine.BACKGROUND, Cut.COLOUR, Backing.HUGETLB),
+    "10.0-precopy-barrier-anonymous-q35": (QEMU_10, "q35", Engine.PRECOPY, Cut.BARRIER, Backing.ANONYMOUS),
     "11.1-background-barrier-memfd": (QEMU_11, "pc", Engine.BACKGROUND, Cut.BARRIER, Backing.MEMFD),
     "11.1-precopy-colour-anonymous-q35": (QEMU_11, "q35", Engine.PRECOPY, Cut.COLOUR, Backing.ANONYMOUS),
     "11.1-precopy-barrier-hugetlb": (QEMU_11, "pc", Engine.PRECOPY, Cut.BARRIER, Backing.HUGETLB),
