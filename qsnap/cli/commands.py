@@ -97,8 +97,7 @@ def up(settings: Settings, lab: str) -> Answer:
     status = call_with_bars(settings, qsnap.up, vne)
     console = ("Its console", settings.command_line("console", vne.name, vne.vms[0].name))
     save = ("Save it", settings.command_line("snapshot", vne.name))
-    hints = (save,) if vne.hosts else (console, save)  # consoles are not passed on from other hosts
-    return Answer(status, tables.with_next(tables.statuses_text([status]), *hints))
+    return Answer(status, tables.with_next(tables.statuses_text([status]), console, save))
 
 
 @cli.command(example="qsnap attach lab.toml")
@@ -363,20 +362,24 @@ def host(settings: Settings, qemu: str) -> Answer:
 @click.argument("vm", shell_complete=complete_vms)
 @click.pass_obj
 def console(settings: Settings, vne: str, vm: str) -> None:
-    """Use the serial console of a VM. Ctrl-] leaves.
+    """Use the serial console of a VM, on whatever host it runs. Ctrl-] leaves.
 
     Where the input is no terminal, it is copied to the console as it is; once it has ended, and the console has
     said nothing for a second, the command ends. What was said before is in the file console.log of the run
-    directory.
+    directory of its host.
     """
-    path = qsnap.console_path(vne, vm, place=settings.place)
     interactive = sys.stdin.isatty()
     if interactive:
         click.echo(f"Console of {vm} in {vne}. Ctrl-] leaves.", err=True)
-    end = terminal.attach(path, vm=vm)
+    end = call(settings, _use_console, vne, vm)
     if interactive:
         what = f"{vm} has ended" if end is terminal.End.CLOSED else f"Left the console of {vm}"
         click.echo(f"\n{what}.", err=True)
+
+
+async def _use_console(vne: str, vm: str, *, place: qsnap.Place) -> terminal.End:
+    async with qsnap.open_console(vne, vm, place=place) as console:
+        return await terminal.use(console)
 
 
 cli.add_command(agent)

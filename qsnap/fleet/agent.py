@@ -20,6 +20,7 @@ from qsnap.config import files_of
 from qsnap.errors import HostError, QsnapError, StateError
 from qsnap.fleet.answers import ANSWERS
 from qsnap.fleet.channel import Connection, connect, serve
+from qsnap.fleet.consoles import serve_console
 from qsnap.fleet.fetching import fetch, send_file
 from qsnap.fleet.identity import load_identity
 from qsnap.fleet.keeping import keep
@@ -106,6 +107,8 @@ class Agent:
                 await self._keep(connection, message)
             case m.ReadFile():
                 await send_file(connection, self.place, message)
+            case m.OpenConsole():
+                await serve_console(connection, self.place, message)
             case _:
                 handler = ANSWERS.get(type(message))
                 if handler is None:
@@ -138,7 +141,7 @@ class Agent:
         with one_error():
             async with trio.open_nursery() as nursery:
                 reports = await nursery.start(send_reports, connection)
-                nursery.start_soon(_end_with, connection, nursery.cancel_scope)
+                nursery.start_soon(connection.cancel_when_lost, nursery.cancel_scope)
                 part = await fetch(self.place, message, partial(report, reports))
                 nursery.cancel_scope.cancel()
         if not connection.lost:
@@ -200,9 +203,3 @@ def _check_files(vne: VNE, *, saved: bool = False) -> None:
     for key, file in files_of(evolve(vne, vms=vms)):
         if not os.path.exists(file):
             raise HostError(f"there is no {file}", where=f"host {vne.here}, {key}", advice="Put it there.")
-
-
-async def _end_with(connection: Connection, scope: trio.CancelScope) -> None:
-    """Cancel what nobody waits for any more."""
-    await connection.wait_lost()
-    scope.cancel()

@@ -75,6 +75,11 @@ class Connection:
         """Return once the connection is lost."""
         await self._gone.wait()
 
+    async def cancel_when_lost(self, scope: trio.CancelScope) -> None:
+        """Cancel what nobody waits for any more."""
+        await self.wait_lost()
+        scope.cancel()
+
     async def send(self, message: Message) -> None:
         """Send a message. Raises ConnectionLostError if the connection is lost."""
         await self._send(*split_message(encode_message(message)))

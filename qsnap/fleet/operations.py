@@ -30,6 +30,7 @@ from qsnap.fleet.asking import ask_all, ask_one, ask_parts, gather, on_each, ref
 from qsnap.fleet.coordinator import carry_out
 from qsnap.fleet.spread import known_before, remembered, spread_of, spreads
 from qsnap.host import attaching, catalogue, converting, lifecycle, recovery
+from qsnap.host.console import connect as connect_console
 from qsnap.host.interrupts import interruptible
 from qsnap.host.place import Place, Progress, no_progress
 from qsnap.host.reporting import Report, write_report
@@ -387,13 +388,38 @@ async def hosts(vne: str, *, qemu: str = "qemu-system-x86_64", place: Place | No
 def console_path(vne: str, vm: str, *, place: Place | None = None) -> str:
     """The Unix socket of a VM's serial console. Raises StateError if there is no such VM or VNE on this host."""
     place = place or Place()
-    whole = spread_of(vne, place)
-    host = next((each.host for each in whole.vms if each.name == vm), "") if whole is not None else ""
-    runtime = place.runtime()
-    here = [each.vm.name for each in runtime.load(vne).vms] if vne in runtime.names() else []
-    if host and vm not in here:
-        raise StateError(f"VM {vm} is on host {host}, and consoles are not passed on", advice="Use it there.")
+    if host := _other_host(vne, vm, place):
+        raise StateError(f"VM {vm} is on host {host.name}, and so is its socket", advice="See `qsnap.open_console`.")
     return lifecycle.console_path(vne, vm, place=place)
+
+
+@asynccontextmanager
+async def open_console(vne: str, vm: str, *, place: Place | None = None) -> AsyncIterator[trio.SocketStream]:
+    """A connection with a VM's serial console, on whatever host it runs. QEMU serves one at a time.
+
+    Raises StateError if there is no such VM or VNE, or it does not answer; BusyError if somebody else is connected.
+    """
+    place = place or Place()
+    if host := _other_host(vne, vm, place):
+        from qsnap.fleet.consoles import open_remote_console  # as in `ask_one`
+
+        async with open_remote_console(host, vne, vm, place) as console:
+            yield console
+        return
+    async with connect_console(lifecycle.console_path(vne, vm, place=place), vm=vm) as console:
+        yield console
+
+
+def _other_host(vne: str, vm: str, place: Place) -> Host | None:
+    """The host that a VM is on, if not this one. Raises StateError with the names of VMs if it is on none."""
+    whole, runtime = spread_of(vne, place), place.runtime()
+    if whole is None or (vne in runtime.names() and vm in [each.vm.name for each in runtime.load(vne).vms]):
+        return None
+    found = next((each for each in whole.vms if each.name == vm), None)
+    if found is None:
+        names = ", ".join(each.name for each in whole.vms)
+        raise StateError(f"VNE {vne} has no VM {vm}", advice=f"It has: {names}")
+    return next(host for host in whole.hosts if host.name == found.host)
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
+import trio
 from attrs import define, field
 
 from qsnap.errors import BusyError, StateError
@@ -30,26 +31,44 @@ class End(Enum):
     QUIET = "quiet"  #: the input ended, and the console had no more to say
 
 
-def attach(path: str, *, vm: str, stdin: int = 0, stdout: int = 1) -> End:
-    """Join the console socket at `path` to two descriptors until one side ends it.
+def connect(path: str, *, vm: str) -> trio.SocketStream:
+    """A connection with the console socket at `path`.
 
-    A terminal is put into raw mode meanwhile, so that every key reaches the guest, except `LEAVE`. Raises
-    StateError if the VM does not listen, BusyError if somebody else is connected.
+    Raises StateError if the VM does not listen, BusyError if somebody else is connected.
     """
     if is_taken(path):
         raise BusyError(
             "somebody else is connected to its console", where=f"VM {vm}", advice="QEMU serves one at a time."
         )
-    with socket.socket(socket.AF_UNIX) as console:
+    console = socket.socket(socket.AF_UNIX)
+    try:
+        console.connect(path)
+    except OSError as error:
+        console.close()
+        raise StateError(
+            f"its console does not answer: {error.strerror}", where=f"VM {vm}", advice="See `qsnap ps`."
+        ) from error
+    return stream_of(console)
+
+
+def stream_of(end: socket.socket) -> trio.SocketStream:
+    """The same connection for trio; `end` itself is closed."""
+    return trio.SocketStream(trio.socket.from_stdlib_socket(end))
+
+
+async def use(console: trio.SocketStream, *, stdin: int = 0, stdout: int = 1) -> End:
+    """Join a connection with a console to two descriptors until one side ends it.
+
+    A terminal is put into raw mode meanwhile, so that every key reaches the guest, except `LEAVE`.
+    """
+    end = socket.fromfd(console.socket.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
+    with raw_terminal(stdin) as interactive:
+        session = _Session(end, stdin, stdout, leave=LEAVE if interactive else b"")
         try:
-            console.connect(path)
-        except OSError as error:
-            raise StateError(
-                f"its console does not answer: {error.strerror}", where=f"VM {vm}", advice="See `qsnap ps`."
-            ) from error
-        console.setblocking(False)
-        with raw_terminal(stdin) as interactive:
-            return _Session(console, stdin, stdout, leave=LEAVE if interactive else b"").run()
+            return await trio.to_thread.run_sync(session.run, abandon_on_cancel=True)
+        except trio.Cancelled:
+            end.shutdown(socket.SHUT_RDWR)  # by which the thread ends
+            raise
 
 
 def is_taken(path: str) -> bool:
@@ -87,7 +106,11 @@ class _Session:
     input_open: bool = True
 
     def run(self) -> End:
-        """Copy until one side ends."""
+        """Copy until one side ends, and close this end of the connection."""
+        with self.console:
+            return self._copy()
+
+    def _copy(self) -> End:
         socket_fd = self.console.fileno()
         while True:
             sources = [socket_fd, self.stdin] if self.input_open and len(self.typed) < CHUNK_BYTES else [socket_fd]

@@ -33,8 +33,8 @@ from qsnap.wire.strict import exactly, make_converter, parse_object, structure
 
 Version = tuple[int, int]  #: major, minor; another major is another protocol, a higher minor has more capabilities
 
-VERSION: Version = (1, 0)
-CAPABILITIES: tuple[str, ...] = ()
+VERSION: Version = (1, 1)
+CAPABILITIES: tuple[str, ...] = ("console",)
 
 
 @frozen
@@ -449,6 +449,14 @@ class ReadFile:
     offset: int
 
 
+@frozen
+class OpenConsole:
+    """Asks for the serial console of a VM. After `Done`, data goes both ways; a frame of data that is empty ends it."""
+
+    vne: str
+    vm: str
+
+
 Message = (
     Hello
     | Welcome
@@ -492,6 +500,7 @@ Message = (
     | GetBase
     | Base
     | ReadFile
+    | OpenConsole
 )
 
 _KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}

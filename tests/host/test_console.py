@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 from attrs import frozen
 
 from qsnap.errors import StateError
-from qsnap.host.console import End, attach
+from qsnap.host.console import End, connect, use
 
 
 @frozen
@@ -34,9 +35,13 @@ class Seat:
     def _attach(self) -> None:
         path = self.listener.getsockname()
         try:
-            self.ends.append(attach(path, vm="alice", stdin=self.terminal, stdout=self.terminal))
+            self.ends.append(trio.run(self._use, path))
         except BaseException as error:
             self.ends.append(error)
+
+    async def _use(self, path: str) -> End:
+        async with connect(path, vm="alice") as console:
+            return await use(console, stdin=self.terminal, stdout=self.terminal)
 
 
 @pytest.fixture
@@ -91,4 +96,4 @@ def test_the_vm_ends(seat: Seat) -> None:
 
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="its console does not answer"):
-        attach(str(tmp_path / "console.sock"), vm="alice")
+        connect(str(tmp_path / "console.sock"), vm="alice")

@@ -80,6 +80,17 @@ def saved_states(fleet: Fleet, saved: qsnap.Snapshot) -> list[GuestState]:
     return sorted(states, key=lambda state: state.id)
 
 
+async def answer_of(vne: str, vm: str, *, place: qsnap.Place) -> bytes:
+    """What a guest answers on its console, which is on another host."""
+    async with qsnap.open_console(vne, vm, place=place) as console:
+        await console.send_all(b"\nstatus #far\n")
+        said = b""
+        with trio.fail_after(60):
+            while b'"far"' not in said:
+                said += await console.receive_some()
+    return said
+
+
 @pytest.mark.parametrize("cut", list(Cut))
 async def test_three_hosts_are_saved_and_restored_as_one(cut: Cut) -> None:
     async with running_fleet() as fleet:
@@ -102,6 +113,7 @@ async def test_three_hosts_are_saved_and_restored_as_one(cut: Cut) -> None:
         cut_states = saved_states(fleet, listed[0])
         async with open_consoles(fleet, vne) as consoles:
             await check_continues(consoles, cut_states)
+        assert b'"status"' in await fleet.call(answer_of, "lab", "vm4")
         again = await fleet.call(qsnap.snapshot, "lab", "again", cut=cut)
         assert not find_orphans(saved_states(fleet, again))
         await fleet.call(qsnap.down, "lab")

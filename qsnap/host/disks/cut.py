@@ -43,7 +43,7 @@ from qsnap.rules.disks import COPY_GIVES_WAY_SINCE, DiskFacts, Version, choose_d
 Action = dict[str, object]
 Seal = Callable[[str], Awaitable[StoredFile]]
 #: The speed of a copy until the VM runs on: at full speed it would hold up the cut. That of one chunk in each slice of
-#: 100 ms (block/block-copy.c): a drain that comes as a copy is about to sleep does not wake it, and `cont` waits that long.
+#: 100 ms (block/block-copy.c): a drain that comes as a copy is about to sleep does not wake it, so `cont` waits for it.
 HELD_BYTES_S = 10 << 20
 SETTLE_S = 0.1  #: between two rounds of writing out what is to be cloned
 
