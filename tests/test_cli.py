@@ -30,6 +30,7 @@ from qsnap.cli.commands import cli
 from qsnap.cli.group import exit_codes
 from qsnap.cli.pki import pki
 from qsnap.fleet.identity import load_identity, peer_of
+from qsnap.fleet.spread import remember
 from qsnap.host.qemu import Process
 from qsnap.host.runtime import LiveVM, LiveVNE
 from qsnap.host.store import Store
@@ -294,6 +295,15 @@ def test_names_complete(place: qsnap.Place) -> None:
     assert completions("show", "--store", str(place.run), "lab") == []
     assert completions("console", "no such") == []
     assert completions("snapshot", "lab", "--engine") == ["auto", "background", "precopy", "record"]
+
+
+def test_names_on_other_hosts_complete(place: qsnap.Place) -> None:
+    lab = snapshot().vne
+    far = qsnap.Host("alpha", "192.0.2.1", 9, "192.0.2.1")
+    remember(evolve(lab, name="far", hosts=(far,), vms=(evolve(lab.vms[0], host="alpha"),)), place)
+    assert completions("ps") == ["far"]
+    assert completions("restore") == ["far", "lab"]
+    assert completions("console", "far") == ["alice"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

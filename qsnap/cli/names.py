@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 
 from qsnap import QsnapError
 from qsnap.cli.settings import Settings, settings_of
+from qsnap.fleet.spread import spread_of, spreads
 
 Names = Callable[[Settings, dict[str, Any]], Iterable[str]]
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
@@ -33,11 +34,16 @@ def completer(names: Names) -> Completer:
 
 
 def _running(settings: Settings, _: dict[str, Any]) -> Iterable[str]:
-    return settings.place.runtime().names()
+    return (*settings.place.runtime().names(), *_spread(settings))
+
+
+def _spread(settings: Settings) -> Iterable[str]:
+    """VNEs that are, or were, on other hosts, which would have to be asked."""
+    return (vne.name for vne in spreads(settings.place))
 
 
 def _saved(settings: Settings, _: dict[str, Any]) -> Iterable[str]:
-    return (vne for vne, _ in trio.run(settings.place.snapshots().names))
+    return (*(vne for vne, _ in trio.run(settings.place.snapshots().names)), *_spread(settings))
 
 
 def _snapshots(settings: Settings, given: dict[str, Any]) -> Iterable[str]:
@@ -46,7 +52,8 @@ def _snapshots(settings: Settings, given: dict[str, Any]) -> Iterable[str]:
 
 
 def _vms(settings: Settings, given: dict[str, Any]) -> Iterable[str]:
-    return (vm.name for vm in settings.place.runtime().load(given["vne"]).vne.vms)
+    whole = spread_of(given["vne"], settings.place) or settings.place.runtime().load(given["vne"]).vne
+    return (vm.name for vm in whole.vms)
 
 
 complete_running = completer(_running)
