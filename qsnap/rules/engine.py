@@ -96,17 +96,18 @@ def must_read_to_end(version: Version) -> bool:
 
 def choose_engine(wish: Engine, facts: Facts) -> Decision:
     """The engine for one VM. Raises EngineRefusedError with QEMU's reason and a remedy."""
-    if wish is Engine.BACKGROUND:
-        _check_background(facts)
-        return Decision(Engine.BACKGROUND, "asked for")
-    if wish in (Engine.PRECOPY, Engine.RECORD):
-        _check_precopy(facts)
-        return Decision(wish, "asked for")
-    return _choose(facts)
-
-
-def _choose(facts: Facts) -> Decision:
     background, precopy = _refusal(_check_background, facts), _refusal(_check_precopy, facts)
+    if wish is Engine.AUTO:
+        return _choose(facts, background, precopy)
+    refused, otherwise = (background, precopy) if wish is Engine.BACKGROUND else (precopy, background)
+    if refused is None:
+        return Decision(wish, "asked for")
+    if otherwise is None:
+        refused.advice += " Or take precopy." if wish is Engine.BACKGROUND else " Or take background."
+    raise refused
+
+
+def _choose(facts: Facts, background: EngineRefusedError | None, precopy: EngineRefusedError | None) -> Decision:
     if not facts.running:
         by_background = background is None and keeps_paused(facts.qemu_version)
         if by_background or precopy is None:
@@ -129,7 +130,7 @@ def _choose(facts: Facts) -> Decision:
     raise EngineRefusedError(
         f"no engine can capture it. background: {background.message}; precopy: {precopy.message}",
         where=f"VM {facts.vm}",
-        advice=f"{background.advice} {precopy.advice}",
+        advice=f"For background: {background.advice} For precopy: {precopy.advice}",
     )
 
 
@@ -156,12 +157,12 @@ def _check_background(facts: Facts) -> None:
 def _background_advice(reason: str) -> str:
     if "memory" in reason.lower():
         return (
-            "Its RAM cannot be write-protected (a file on disk, mapped at restore): take precopy, or restore with "
-            "--ram eager, which copies the RAM into memory of the VM's own."
+            "Its RAM cannot be write-protected (a file on disk, mapped at restore): restore with --ram eager, which "
+            "copies the RAM into memory of the VM's own."
         )
     if "support" in reason.lower():
-        return f"QEMU may not use the kernel's userfaultfd. {USERFAULTFD_ADVICE} Or take precopy."
-    return "Take the device away that QEMU names, or take precopy."
+        return f"QEMU may not use the kernel's userfaultfd. {USERFAULTFD_ADVICE}"
+    return "Take the device away that QEMU names."
 
 
 def _check_precopy(facts: Facts) -> None:
@@ -171,7 +172,7 @@ def _check_precopy(facts: Facts) -> None:
         raise EngineRefusedError(
             "precopy cannot begin copies of disks before QEMU 10.0",
             where=f"VM {facts.vm}",
-            advice="Take background, or --disks overlay or reflink.",
+            advice="Take --disks overlay or reflink.",
         )
     if facts.precopy_refusal:
         raise EngineRefusedError(
@@ -186,10 +187,10 @@ def _unsafe_precopy(facts: Facts) -> EngineRefusedError:
         return EngineRefusedError(
             f"precopy under TCG loses writes before QEMU 9.0, and this is {version_text(facts.qemu_version)}",
             where=f"VM {facts.vm}",
-            advice="Take background, or start the VM with QEMU 9.0 or newer (scripts/qemu-alongside fetches one).",
+            advice="Start the VM with QEMU 9.0 or newer (scripts/qemu-alongside fetches one).",
         )
     return EngineRefusedError(
         f"precopy under TCG loses writes to memory in several pieces, and this VM's is in {facts.ram_blocks}",
         where=f"VM {facts.vm}",
-        advice="Take background, or give the VM neither `numa` nor `dimms`.",
+        advice="Give the VM neither `numa` nor `dimms`.",
     )

@@ -92,6 +92,9 @@ def test_every_combination_is_decided_or_refused_with_a_way_out() -> None:
         if isinstance(decision, EngineRefusedError):
             assert decision.advice
             assert "web" in decision.where
+            others = {Engine.BACKGROUND, Engine.PRECOPY} - {wish}
+            named = {engine for engine in others if f"Or take {engine.value}." in decision.advice}
+            assert named == {engine for engine in others if isinstance(decide(engine, facts), Decision)}
             continue
         assert decision.engine is wish or wish is Engine.AUTO
         assert decision.engine in (Engine.BACKGROUND, Engine.PRECOPY) or wish is Engine.RECORD

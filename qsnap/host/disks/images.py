@@ -50,7 +50,10 @@ async def _create(qemu_img: str, path: str, *arguments: str, about: str) -> None
         with suppress(OSError):
             os.unlink(path)
         message = f"cannot make a disk layer: {error.message}"
-        raise HostError(message, where=path, advice=f"Is there room? Is the image {about} in order?") from None
+        advice = f"Is there room? Is the image {about} in order?"
+        if "is not in" in error.message:
+            advice = f"The description tells the format of {about}, qcow2 if it says nothing: is it `raw`?"
+        raise HostError(message, where=path, advice=advice) from None
     os.chmod(path, 0o600)
 
 
