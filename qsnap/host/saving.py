@@ -153,6 +153,7 @@ class Saving:
     readers: dict[str, Reader] = field(factory=dict)
     keepers: dict[str, Keeper] = field(factory=dict)  #: of VMs that other hosts keep
     urgent: ExitStack = field(factory=ExitStack)  #: from the vote to the end of the cut
+    settling: trio.CancelScope = field(factory=trio.CancelScope)  #: over the disks, from the vote to the cut
     watches: list[trio.CancelScope] = field(factory=list)  #: over the VMs
     directory: Path = field(init=False)
     vms: tuple[VMSnapshot, ...] = ()
@@ -170,10 +171,13 @@ class Saving:
         boot = await keep_boot_files(self.store, vne, [() if vm.boot else vm.hardware for vm in self.live.vms])
         vms = [evolve(vm, boot=vm.boot or files) for vm, files in zip(self.live.vms, boot, strict=True)]
         self.members = await run_all([partial(self._prepare, vm) for vm in vms])
+        await self._settle_disks()
+        self.nursery.start_soon(self._keep_settled)
         self.urgent.enter_context(undisturbed())
 
     async def cut(self) -> None:
         """The cut of VMs that wait for no other: each resumes as soon as it can."""
+        self.settling.cancel()
         await self._settle_disks()
         with self.urgent:
             await self._halt()
@@ -181,6 +185,7 @@ class Saving:
 
     async def stop(self) -> None:
         """The first half of a barrier: every VM is stopped when this returns."""
+        self.settling.cancel()
         await self._settle_disks()
         await self._halt()
         await run_all([partial(self._stop, member) for member in self.members])
@@ -219,6 +224,7 @@ class Saving:
 
     async def undo(self) -> None:
         """Put things right while the sessions are open: the VMs run at once, and no stream breaks."""
+        self.settling.cancel()
         self._end_watches()
         await self.keeping.close()
         if self.in_doubt:
@@ -252,6 +258,11 @@ class Saving:
 
     async def _settle_disks(self) -> None:
         await run_all([member.disks.settle for member in self.members])
+
+    async def _keep_settled(self) -> None:
+        """Until the cut, which others may keep waiting: what is dirty then holds up this host's cut, and not theirs."""
+        with self.settling:
+            await run_all([member.disks.keep_settled for member in self.members])
 
     def _moves(self, vm: LiveVM, colour: Colour) -> list[Move]:
         return plan_moves(self.live.vne, vm.vm.name, colour)

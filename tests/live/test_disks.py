@@ -14,8 +14,11 @@ import trio
 import qsnap
 from qsnap import DiskEngine, Engine
 from qsnap.host.disks import DiskCut, plan_disks, read_disks
+from qsnap.host.disks.cut import SETTLE_S
+from qsnap.host.disks.images import sync_file
 from qsnap.host.disks.jobs import Report
 from qsnap.host.qmp import open_loop, open_qmp
+from qsnap.host.saving import Saving
 from tests.live.lab import QEMU_7, QEMU_10, QEMU_11, make_vne
 
 KINDS = [
@@ -185,6 +188,37 @@ async def test_five_generations(qemu: str, bases: tuple[qsnap.Disk, ...], clonin
             assert await holds(elsewhere, pattern, f"{written * 64}k")
         await qsnap.down("disks", place=elsewhere)
         await qsnap.remove("disks", f"g{generation}", place=elsewhere)
+
+
+async def test_files_to_be_cloned_are_written_out_before_the_cut(
+    bases: tuple[qsnap.Disk, ...], cloning_place: qsnap.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again and again while it waits for others: or one host's disks would hold up its own cut, but not theirs."""
+    synced: list[str] = []
+    at_cut: list[int] = []
+    cut = Saving.cut
+
+    def note(path: str) -> None:
+        synced.append(path)
+        sync_file(path)
+
+    async def dawdle(self: Saving) -> None:
+        at_cut.append(len(synced))
+        await trio.sleep(10 * SETTLE_S)
+        at_cut.append(len(synced))
+        await cut(self)
+
+    monkeypatch.setattr("qsnap.host.disks.cut.sync_file", note)
+    monkeypatch.setattr(Saving, "cut", dawdle)
+    await qsnap.up(make_vne("disks", vms=1, qemu=QEMU_11, disks=bases), place=cloning_place)
+    await qsnap.snapshot("disks", "s1", disks=DiskEngine.REFLINK, place=cloning_place)
+    before, after = at_cut
+    assert before > 0
+    assert after - before > 2
+    assert after < len(synced)
+    ended = len(synced)
+    await trio.sleep(5 * SETTLE_S)
+    assert len(synced) == ended
 
 
 @pytest.mark.parametrize("qemu", [QEMU_7, QEMU_11], ids=["7.2", "11.1"])

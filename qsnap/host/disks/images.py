@@ -100,9 +100,13 @@ def clone_file(source: str, target: str) -> None:
 
 
 def sync_file(path: str) -> None:
-    """Write what is dirty of a file, so that a clone of it has less to wait for."""
-    with open(path, "rb", buffering=0) as file:
-        os.fdatasync(file.fileno())
+    """Write what is dirty of a file, so that a clone of it has less to wait for. Raises HostError if it cannot be."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            os.fdatasync(file.fileno())
+    except OSError as error:
+        advice = "Is there room, and is what it lies on in order?"
+        raise HostError(f"cannot write it out: {error.strerror}", where=path, advice=advice) from error
 
 
 def image_bytes(path: str) -> int:
