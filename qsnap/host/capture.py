@@ -144,7 +144,13 @@ class Capture(ABC):
 
     def _mark_stop(self) -> None:
         if not self.halted:
-            self.mark = len(self.qmp.events)
+            self.mark = self._paused_since()
+
+    def _paused_since(self) -> int:
+        """Where STOP will be among QEMU's events, or is if somebody else has paused the VM meanwhile."""
+        events = self.qmp.events
+        last = next((index for index in reversed(range(len(events))) if events[index].name in ("STOP", "RESUME")), -1)
+        return last if last >= 0 and events[last].name == "STOP" else len(events)
 
     def _stop_commands(self) -> tuple[Command, ...]:
         return () if self.halted else (READ_AHEAD, ("stop", {}))

@@ -14,6 +14,7 @@ import qsnap
 from qsnap import Backing, Cut, Engine
 from qsnap.host import capture, daemon, saving
 from qsnap.host.capture import Bounds, Precopy
+from qsnap.host.qmp import open_qmp
 from tests.live.lab import (
     QEMU_7,
     QEMU_10,
@@ -99,6 +100,31 @@ async def test_a_vm_that_waits_for_others_is_followed(place: qsnap.Place, monkey
         written = 20 * LONG_S * 2**20 / 4096
         assert taken.last_iteration_pages < written / 4
         assert judge(saved, place).wrong_stamps == 0
+
+
+@pytest.mark.parametrize("engine", [Engine.BACKGROUND, Engine.PRECOPY])
+async def test_a_vm_that_somebody_pauses_meanwhile(
+    engine: Engine, place: qsnap.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is saved as it is then, and runs again as it did; nobody waits for it to stop."""
+    cut = saving.Saving.cut
+
+    async def pause_and_cut(self: saving.Saving) -> None:
+        async with open_qmp(place.runtime().monitor_path("paused", "vm1"), vm="vm1") as qmp:
+            await qmp.execute("stop")
+        await trio.sleep(0.5)
+        await cut(self)
+
+    monkeypatch.setattr(saving.Saving, "cut", pause_and_cut)
+    await qsnap.up(make_vne("paused", vms=2), place=place)
+    async with open_consoles("paused", place, 2) as consoles:
+        await wait_ready(consoles)
+        saved = await qsnap.snapshot("paused", "cut", engine=engine, place=place)
+        paused, other = (vm.measurements.downtime_ms for vm in saved.vms)
+        assert paused > 500 > other
+        verdict = judge(saved, place)
+        assert (verdict.orphans, verdict.wrong_stamps) == (0, 0)
+        await check_continues(consoles, verdict.states)
 
 
 @pytest.mark.parametrize(
