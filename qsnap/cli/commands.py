@@ -368,17 +368,16 @@ def console(settings: Settings, vne: str, vm: str) -> None:
     said nothing for a second, the command ends. What was said before is in the file console.log of the run
     directory of its host.
     """
-    interactive = sys.stdin.isatty()
-    if interactive:
-        click.echo(f"Console of {vm} in {vne}. Ctrl-] leaves.", err=True)
     end = call(settings, _use_console, vne, vm)
-    if interactive:
+    if sys.stdin.isatty():
         what = f"{vm} has ended" if end is terminal.End.CLOSED else f"Left the console of {vm}"
         click.echo(f"\n{what}.", err=True)
 
 
 async def _use_console(vne: str, vm: str, *, place: qsnap.Place) -> terminal.End:
     async with qsnap.open_console(vne, vm, place=place) as console:
+        if sys.stdin.isatty():
+            click.echo(f"Console of {vm} in {vne}. Ctrl-] leaves.", err=True)
         return await terminal.use(console)
 
 
