@@ -19,9 +19,10 @@ from qsnap.fleet.channel import Connection, connect
 from qsnap.fleet.identity import load_identity
 from qsnap.fleet.remote import ask
 from qsnap.host.disks import describe_base, image_bytes, name_base, read_chain
+from qsnap.host.memory import data_extents
 from qsnap.host.place import Place, Progress
 from qsnap.host.recovery import exclusive
-from qsnap.host.restoring import check_bases, data_extents, refuse_running
+from qsnap.host.restoring import check_bases, refuse_running
 from qsnap.host.starting import find_qemu_img
 from qsnap.host.store import Store
 from qsnap.host.store.files import explained, opened_inside, stored_names

@@ -174,13 +174,15 @@ async def open_daemon(
     record_limit_bytes: int | None = None,
     vms: int = 1,
     held: bool = False,
+    reserve_bytes: int = 0,
 ) -> AsyncIterator[tuple[Daemon, int]]:
     """Start a receiver for one VM that writes into `directory`, and yield it with the descriptor for QEMU.
 
     The caller closes its copy of that descriptor once QEMU has it. With `keeps_reading` the stream never breaks,
     whatever becomes of the receiver and of qsnap. Should qsnap die, the receiver starts the command `heir`. With
     `record_limit_bytes` the stream is kept as it comes, up to that size. A QEMU that is `held` waits when it has
-    converged, until `let_go`. The receiver gives way to the cut of so many `vms`. It is gone when this ends.
+    converged, until `let_go`. The receiver gives way to the cut of so many `vms`, and takes `reserve_bytes` of memory
+    in advance for a `directory` on tmpfs. It is gone when this ends.
     """
     stream_in, stream_out = open_stream(held=held)
     give_way_s = str(min(vms * GIVE_WAY_S, MOST_GIVE_WAY_S))
@@ -188,6 +190,7 @@ async def open_daemon(
         *_options(directory, backed, ram_limit_bytes),
         *_last_words(keeps_reading, heir),
         *("--give-way", *(("0", give_way_s) if held else (give_way_s, "0"))),
+        *("--reserve", str(reserve_bytes)),
         *(("--record-limit", str(record_limit_bytes)) if record_limit_bytes is not None else ()),
     ]
     qemu_fd = stream_out if held else None

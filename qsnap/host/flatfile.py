@@ -103,6 +103,9 @@ def _write_all(fd: int, pieces: list[memoryview], offset: int) -> None:
         batch = pieces[:_IOV_MAX]
         written = os.pwritev(fd, batch, offset)
         offset += written
+        if written == sum(map(len, batch)):
+            pieces = pieces[_IOV_MAX:]
+            continue
         done = 0
         while done < len(batch) and written >= len(batch[done]):
             written -= len(batch[done])

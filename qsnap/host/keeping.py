@@ -77,6 +77,7 @@ async def open_kept(
     on_bytes: Callable[[int], None],
     vms: int = 1,
     held: bool = False,
+    reserve_bytes: int = 0,
 ) -> AsyncIterator[tuple[Daemon, int]]:
     """A daemon of this host, as `open_daemon` has it, which writes into a new directory."""
     with explained("make the directory", directory):
@@ -93,6 +94,7 @@ async def open_kept(
         on_bytes=on_bytes,
         vms=vms,
         held=held,
+        reserve_bytes=reserve_bytes,
     ) as opened:
         yield opened
 

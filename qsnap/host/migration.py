@@ -50,6 +50,12 @@ async def probe_migration(qmp: Qmp) -> str:
     return "; ".join(reasons)
 
 
+async def query_sent(qmp: Qmp) -> int:
+    """Bytes of pages that the last migration sent, zero pages not counted; 0 if there was none."""
+    sent: int = (await qmp.execute("query-migrate")).get("ram", {}).get("normal-bytes", 0)
+    return sent
+
+
 async def query_ram(qmp: Qmp) -> dict[str, int]:
     """The RAMBlocks that memory backends are, by idstr, and their sizes in bytes.
 

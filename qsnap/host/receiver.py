@@ -38,6 +38,7 @@ from qsnap.errors import HostError, StreamError
 from qsnap.host.flatfile import FlatFile
 from qsnap.host.hold import Hold
 from qsnap.host.recording import check_ends, record
+from qsnap.host.reserve import Reserve
 from qsnap.host.streams import widen_pipe
 from qsnap.rules.convergence import PATIENCE
 from qsnap.wire import encode
@@ -57,6 +58,8 @@ from qsnap.wire.stream import StreamReader
 _PROGRESS_S = 0.1
 _DISCARD_BYTES = 1 << 20
 _PATIENCE = "times the RAM that may be sent again before it is said to diverge"
+_FIRST_BYTES = 16 << 10  #: read at a time until QEMU has saved its devices: nothing else is known so soon
+_RESERVE_S = 2.0
 _GIVE_WAY = "leave the processor to the VM for so long after `tracking`, and after the stream's end"
 #: Device state of ordinary machines is below 1 MB; some display and assigned devices keep their memory in it.
 _TAIL_LIMIT_BYTES = 1 << 30
@@ -71,9 +74,10 @@ class ParentGoneError(Exception):
 class Snapshot:
     """The files of one VM's snapshot while they come into being."""
 
-    def __init__(self, directory: str, backed: Sequence[str]) -> None:
+    def __init__(self, directory: str, backed: Sequence[str], reserve: Reserve | None) -> None:
         self._directory = directory
         self._backed = backed
+        self._reserve = reserve
         self._configuration = Configuration("", 0, b"")
         self._ram = RamSetup(0, 0, 0, ())
         self._kept_commands: list[Command] = []
@@ -92,6 +96,8 @@ class Snapshot:
         """Take one event of the stream in."""
         match event:
             case PageRun():
+                if self._reserve:
+                    self._reserve.give_back(event.page_offsets.size * self._configuration.target_page_size)
                 self._files[event.block.idstr].apply_pages(event)
             case ZeroRun():
                 self._files[event.block.idstr].apply_zeros(event)
@@ -120,6 +126,8 @@ class Snapshot:
 
     def finish(self) -> dict[str, Any]:
         """Write the device stream; what the parent is told about the snapshot."""
+        if self._reserve:
+            self._reserve.close()
         blocks = [self._describe(flat) for flat in self._files.values() if flat.block.idstr in self._backed]
         path = os.path.join(self._directory, "device.stream")
         fd = _create(path)
@@ -287,7 +295,8 @@ class Receiver:
         if self._inlet.released and self._hold and not self._hold.over:
             self._hold.end()
         try:
-            count = os.readv(self._inlet.fd, [self._reader.get_buffer()])
+            room = self._reader.get_buffer()
+            count = os.readv(self._inlet.fd, [room if self._tracking else room[:_FIRST_BYTES]])
         except ConnectionResetError:  # QEMU has closed its socket without looking for answers
             count = 0
         self._reader.buffer_updated(count)
@@ -307,6 +316,7 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--hold", type=int, metavar="FD", help="QEMU's end of the stream: hold it when converged")
     parser.add_argument("--patience", type=float, default=PATIENCE, metavar="N", help=_PATIENCE)
     parser.add_argument("--give-way", type=float, nargs=2, default=(0.0, 0.0), metavar="S", help=_GIVE_WAY)
+    parser.add_argument("--reserve", type=int, default=0, metavar="BYTES", help="take memory in advance, on tmpfs")
     parser.add_argument("--record-limit", type=int, metavar="BYTES", help="keep the stream as it is, up to this size")
     parser.add_argument("--stand-by", action="store_true", help="leave the stream to the parent while that lives")
     parser.add_argument("--keep-reading", action="store_true", help="read the stream to its end if the parent dies")
@@ -372,7 +382,8 @@ def _keep_newest(options: argparse.Namespace, inlet: Inlet, status: Status) -> N
     """The newest copy of each page, in flat files, and a device stream."""
     limits = {"ram_limit_bytes": options.ram_limit, "tail_limit_bytes": options.tail_limit}
     reader = StreamReader(**limits, target_page_size=options.target_page_size)
-    snapshot = Snapshot(options.directory, options.backed)
+    reserve = Reserve(options.directory, options.reserve, _RESERVE_S) if options.reserve else None
+    snapshot = Snapshot(options.directory, options.backed, reserve)
     _warm_up()
     status.send("ready")
     hold = None

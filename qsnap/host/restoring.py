@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -20,6 +18,7 @@ from qsnap.host.bridges import check_networking
 from qsnap.host.disks import describe_base
 from qsnap.host.journal import VOTED, Journal, Kind, Operation
 from qsnap.host.lifecycle import choose_rams
+from qsnap.host.memory import fill_memory, is_memory_file, make_memory
 from qsnap.host.place import Place, Progress
 from qsnap.host.qemu import has_ended, kvm_works, last_words, program_version
 from qsnap.host.qmp import Qmp
@@ -325,59 +324,9 @@ def choose_ram(mode: RamMode, directory: Path, *, by_precopy: bool) -> tuple[boo
     return True, "copied: mapped from a disk, it could not be saved again (precopy is not safe for it under TCG)"
 
 
-def is_memory_file(path: Path) -> bool:
-    """Whether the file is on tmpfs, whose pages can be write-protected."""
-    device = path.stat().st_dev
-    mounts = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    return any(
-        fields[2] == f"{os.major(device)}:{os.minor(device)}" and fields[fields.index("-") + 1] == "tmpfs"
-        for fields in mounts
-    )
-
-
 async def _copy_ram(path: Path, size_bytes: int, fds: ExitStack) -> FilledRam:
     fd, memory = make_memory(size_bytes)
     fds.callback(os.close, fd)
     with memory:
         await trio.to_thread.run_sync(fill_memory, memory, path)
     return FilledRam(fd)
-
-
-def make_memory(size_bytes: int) -> tuple[int, mmap.mmap]:
-    """A memfd of this size, mapped: in huge pages where enough of them are free, which only mapping it tells."""
-    try:
-        return _map_memfd(size_bytes, os.MFD_HUGETLB)
-    except OSError:
-        return _map_memfd(size_bytes, 0)
-
-
-def _map_memfd(size_bytes: int, flags: int) -> tuple[int, mmap.mmap]:
-    fd = os.memfd_create("qsnap-ram", os.MFD_CLOEXEC | flags)
-    try:
-        os.ftruncate(fd, size_bytes)
-        return fd, mmap.mmap(fd, size_bytes)
-    except OSError:
-        os.close(fd)
-        raise
-
-
-def fill_memory(memory: mmap.mmap, path: Path) -> None:
-    """Copy the data of a sparse flat file to the same offsets in memory; holes stay zero."""
-    with path.open("rb") as file:
-        for start, end in data_extents(file.fileno(), len(memory)):
-            file.seek(start)
-            file.readinto(memoryview(memory)[start:end])  # huge pages take no write(2)
-
-
-def data_extents(fd: int, size_bytes: int, end: int = 0) -> Iterator[tuple[int, int]]:
-    """(start, end) of the parts of a sparse file, from `end` on, that are not holes."""
-    try:
-        while end < size_bytes:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-            end = os.lseek(fd, start, os.SEEK_HOLE)
-            yield start, end
-    except OSError as error:
-        if error.errno == errno.EINVAL:  # a block device has no holes
-            yield end, size_bytes
-        elif error.errno != errno.ENXIO:  # no data up to the end
-            raise

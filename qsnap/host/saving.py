@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -20,7 +21,8 @@ from qsnap.host.disks import DiskCut, DiskPlan, image_of, plan_disks, tidy_disks
 from qsnap.host.held import HeldPrecopy
 from qsnap.host.journal import ABORTED, VOTED, Journal, Kind, Member, Operation
 from qsnap.host.keeping import Keeper, Keeping, OpenKeeper, open_kept, seal_state
-from qsnap.host.migration import abandon, probe_background, probe_migration, query_ram
+from qsnap.host.memory import is_memory_file, resident_bytes, spare_bytes
+from qsnap.host.migration import abandon, probe_background, probe_migration, query_ram, query_sent
 from qsnap.host.owner import put_back, set_aside
 from qsnap.host.place import Progress
 from qsnap.host.qemu import Process, command_line
@@ -39,7 +41,6 @@ from qsnap.host.starting import find_qemu_img, keep_boot_files, layers_directory
 from qsnap.host.store import Store
 from qsnap.host.tasks import one_error, run_all, undisturbed
 from qsnap.model import (
-    VM,
     Colour,
     Cut,
     DiskEngine,
@@ -59,6 +60,7 @@ from qsnap.rules.engine import (
     after_divergence,
     can_hold,
     choose_engine,
+    is_crowded,
     keeps_paused,
     must_read_to_end,
 )
@@ -280,6 +282,7 @@ class Saving:
         facts = evolve(
             await gather_facts(qmp, vm),
             several=self._several,
+            crowded=is_crowded(len(self.live.vms), len(os.sched_getaffinity(0))),
             waits=self.order.cut is Cut.BARRIER and self._several,
             copies_disks=bool(plan.of(DiskEngine.COPY)),
         )
@@ -309,9 +312,7 @@ class Saving:
     async def _begin(self, vm: LiveVM, qmp: Qmp, disks: DiskCut, facts: Facts, engine: Engine) -> Capture:
         keeps_reading = engine is Engine.BACKGROUND and must_read_to_end(facts.qemu_version)
         held = engine is Engine.PRECOPY and facts.holds and facts.running
-        daemon, stream_fd = await self._receive(
-            vm.vm, await query_ram(qmp), engine, keeps_reading=keeps_reading, held=held
-        )
+        daemon, stream_fd = await self._receive(vm, qmp, engine, keeps_reading=keeps_reading, held=held)
         if keeps_reading:
             self.readers[vm.vm.name] = daemon.read_to_end
         move_taps = (await self.links.prepare(self._moves(vm, self.live.active.other))).apply
@@ -336,10 +337,11 @@ class Saving:
         return capture
 
     async def _receive(
-        self, vm: VM, ram: Mapping[str, int], engine: Engine, *, keeps_reading: bool, held: bool
+        self, live: LiveVM, qmp: Qmp, engine: Engine, *, keeps_reading: bool, held: bool
     ) -> tuple[Receiving, int]:
         """What takes in a VM's stream, here or on the host that keeps it, and the descriptor for QEMU."""
-        vne, directory, ram_bytes = self.live.vne, self.directory / vm.name, sum(ram.values())
+        vm, vne, ram = live.vm, self.live.vne, await query_ram(qmp)
+        directory, ram_bytes = self.directory / vm.name, sum(ram.values())
         heir = recovery_command(self.runtime, vne.name)
         limit = record_limit(ram_bytes) if engine is Engine.RECORD else None
         keep = Keep(vne.name, self.order.id, vm.name, tuple(ram), ram_bytes + DEVICE_RAM_BYTES, limit)
@@ -366,8 +368,19 @@ class Saving:
                 on_bytes=on_bytes,
                 vms=len(self.live.vms),
                 held=held,
+                reserve_bytes=await self._plan_reserve(live.process, qmp, ram_bytes),
             )
         )
+
+    async def _plan_reserve(self, process: Process, qmp: Qmp, ram_bytes: int) -> int:
+        """Memory to take in advance: as much as the image may need, and no more than half of what there is for all VMs.
+
+        Of huge pages, a background snapshot has QEMU take all that the guest has, used or not.
+        """
+        if not is_memory_file(self.directory):
+            return 0
+        used = await query_sent(qmp) or resident_bytes(process.pid)
+        return min(used, ram_bytes, spare_bytes(self.directory) // (2 * len(self.live.vms)))
 
     async def _halt(self) -> None:
         """Where there are several, all are stopped before the rest of any cut takes the processor from another.

@@ -2,8 +2,9 @@
 
 The figures behind the choice are in docs/benchmarks.md. Background on huge pages pauses a VM for the shortest time.
 After it a guest's first write to each page waits, and so do other VMs for what it would send: a precopy that is held
-until the cut pauses a little longer, and nothing waits afterwards. Where QEMU cannot be held, background on huge pages
-is next; on 4 KiB pages every first write to a page costs a fault, so precopy loses less as long as it converges.
+until the cut pauses a little longer, and nothing waits afterwards. But its passes before the cut need processors: with
+many VMs on few of those, everything waits for that. Where QEMU cannot be held, background on huge pages is next; on
+4 KiB pages every first write to a page costs a fault, so precopy loses less as long as it converges.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Facts:
     copies_disks: bool = False  #: a disk is kept by a copy that goes on after the cut
     holds: bool = False  #: its QEMU can be kept from the end of a precopy
     several: bool = False  #: there are other VMs, which wait for what it sends after the cut
+    crowded: bool = False  #: so many VMs share the host's processors (`is_crowded`) that what each loses of them counts
     waits: bool = False  #: a barrier cut of several VMs: it stays paused until the slowest has stopped
 
 
@@ -78,6 +80,11 @@ def can_hold(version: Version, machine_type: str, *, told: bool) -> bool:
     numbers = re.search(r"-(\d+)\.(\d+)$", machine_type)
     of_before = numbers is not None and (int(numbers[1]), int(numbers[2]), 0) < SWITCHOVER_ACK_OPTIONAL_SINCE
     return version >= HELD_SINCE and (told or of_before or not must_be_told_to_hold(version))
+
+
+def is_crowded(vms: int, processors: int) -> bool:
+    """Whether so many VMs are saved at once that processors are what they lack."""
+    return vms > 2 * processors
 
 
 def keeps_paused(version: Version) -> bool:
@@ -112,7 +119,7 @@ def _choose(facts: Facts, background: EngineRefusedError | None, precopy: Engine
         by_background = background is None and keeps_paused(facts.qemu_version)
         if by_background or precopy is None:
             return Decision(Engine.BACKGROUND if by_background else Engine.PRECOPY, "it is paused, and stays so")
-    if background is None and facts.hugetlb and not facts.several:
+    if background is None and facts.hugetlb and (facts.crowded or not facts.several):
         return Decision(Engine.BACKGROUND, "RAM in huge pages: the shortest pause at any dirty rate")
     if precopy is None and facts.holds:
         return Decision(Engine.PRECOPY, "QEMU saves the RAM before the cut, and then only what was just written")

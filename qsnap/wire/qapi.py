@@ -20,7 +20,12 @@ EVENT: Shape = {
 EVENT_DATA: Mapping[str, Shape] = {
     "MIGRATION": {"status": str},
 }
-_RAM: Shape = {"dirty-sync-count": NATURAL, "page-size": POSITIVE, "*downtime-bytes": NATURAL}
+_RAM: Shape = {
+    "dirty-sync-count": NATURAL,
+    "page-size": POSITIVE,
+    "*normal-bytes": NATURAL,
+    "*downtime-bytes": NATURAL,
+}
 _IMAGE: dict[str, Shape] = {"filename": str, "format": str, "virtual-size": NATURAL}
 _IMAGE["*backing-image"] = _IMAGE
 _JOB: Shape = {"id": str, "status": str, "current-progress": NATURAL, "total-progress": NATURAL, "*error": str}

@@ -42,7 +42,7 @@ def outcome(chunks: Iterable[bytes]) -> Folded | str:
 
 def apply(data: bytes, directory: str) -> bool:
     """Make a snapshot's files of the stream; whether it was accepted."""
-    snapshot = Snapshot(directory, BACKED)
+    snapshot = Snapshot(directory, BACKED, None)
     try:
         for event in events(small_reader(), [data]):
             snapshot.apply(event)

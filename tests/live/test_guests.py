@@ -12,7 +12,7 @@ import trio
 
 import qsnap
 from qsnap import Backing, Disk, Engine, EngineRefusedError
-from qsnap.host.restoring import data_extents
+from qsnap.host.memory import data_extents
 from testbed.state import PAGE_BYTES, STAMP_MAGIC
 from tests.live.lab import (
     QEMU_7,

@@ -10,7 +10,7 @@ from attrs import evolve
 
 from qsnap.errors import EngineRefusedError
 from qsnap.model import Accelerator, Engine
-from qsnap.rules.engine import Decision, Facts, Version, can_hold, choose_engine, must_read_to_end
+from qsnap.rules.engine import Decision, Facts, Version, can_hold, choose_engine, is_crowded, must_read_to_end
 
 PLAIN = Facts(
     vm="web",
@@ -33,6 +33,8 @@ MEMORY = "Background-snapshot is not compatible with guest memory configuration"
         ({"hugetlb": True, "holds": True}, Engine.BACKGROUND),
         ({"hugetlb": True, "holds": True, "several": True}, Engine.PRECOPY),
         ({"hugetlb": True, "several": True}, Engine.BACKGROUND),
+        ({"hugetlb": True, "holds": True, "several": True, "crowded": True}, Engine.BACKGROUND),
+        ({"holds": True, "several": True, "crowded": True}, Engine.PRECOPY),
         ({"hugetlb": True, "holds": True, "several": True, "precopy_refusal": "VFIO"}, Engine.BACKGROUND),
         ({"hugetlb": True, "holds": True, "several": True, "ram_blocks": 2}, Engine.BACKGROUND),
         ({"waits": True, "holds": True}, Engine.PRECOPY),
@@ -54,6 +56,11 @@ def test_auto(changes: dict[str, Any], engine: Engine) -> None:
     decision = choose_engine(Engine.AUTO, evolve(PLAIN, **changes))
     assert decision.engine is engine
     assert decision.reason
+
+
+@pytest.mark.parametrize(("vms", "processors", "crowded"), [(1, 1, False), (2, 1, False), (3, 1, True), (8, 2, True)])
+def test_how_many_vms_are_a_crowd(vms: int, processors: int, crowded: bool) -> None:
+    assert is_crowded(vms, processors) is crowded
 
 
 @pytest.mark.parametrize(
