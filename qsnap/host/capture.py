@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -133,8 +132,11 @@ class Capture(ABC):
         with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
             await self._wait_stopped()
 
-    async def stop(self) -> None:
-        """The VM's cut: stop it, redirect its disks, and make its taps post-snapshot."""
+    async def stop(self, nursery: trio.Nursery) -> None:
+        """The VM's cut: stop it, redirect its disks, and make its taps post-snapshot.
+
+        What QEMU does by itself before it lets the VM run may still be under way; it is waited for in `nursery`.
+        """
         self._mark_stop()
         with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
             await self.qmp.execute_all(*self._stop_commands(), *self.disks.commands())
@@ -170,8 +172,10 @@ class Capture(ABC):
 
     async def stop_and_resume(self) -> None:
         """The cut of a VM that waits for no other."""
-        await self.stop()
-        await self.resume()
+        with one_error():
+            async with trio.open_nursery() as nursery:
+                await self.stop(nursery)
+                await self.resume()
 
     @abstractmethod
     async def complete(self) -> Captured:
@@ -266,23 +270,22 @@ class Background(Capture):
     engine = Engine.BACKGROUND
     capabilities = BACKGROUND_CAPABILITIES
 
-    async def stop(self) -> None:
-        """Where a paused VM stays paused, QEMU takes the device state while the taps are still being moved."""
+    async def stop(self, nursery: trio.Nursery) -> None:
+        """Where a paused VM stays paused, QEMU takes the device state while the taps are still being moved.
+
+        It cuts the disks when it has the state. `cont` need not wait until it says so: its monitor has one command done
+        before it begins the next.
+        """
         if not self.keeps_paused:
-            await super().stop()
+            await super().stop(nursery)
             return
         self._note_start()
         self._mark_stop()
         migrate = ("migrate", {"uri": f"fd:{FD_NAME}"})
-        # the disks are cut while the state is taken
         commands = (*self._stop_commands(), migrate, *self.disks.commands())
-        calls: list[Callable[[], Awaitable[object]]] = [
-            partial(self.qmp.execute_all, *commands),
-            self._move_taps_once_stopped,
-            self._clone_once_flushed,
-        ]
+        nursery.start_soon(self.qmp.execute_all, *commands)
         with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
-            await run_all(calls)
+            await run_all([self._move_taps_once_stopped, self._clone_once_flushed])
 
     async def _clone_once_flushed(self) -> None:
         """STOP is sent before the disks are flushed; that the migration begins shows that `stop` has done it."""
@@ -323,14 +326,14 @@ class Precopy(Capture):
     async def halt(self, nursery: trio.Nursery) -> None:
         """Not before it has converged."""
 
-    async def stop(self) -> None:
+    async def stop(self, nursery: trio.Nursery) -> None:
         await self._start_migration()
         self.mark = self.began
         with one_error():
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.disks.keep_settled)
+            async with trio.open_nursery() as settling:
+                settling.start_soon(self.disks.keep_settled)
                 await self._converge()
-                nursery.cancel_scope.cancel()
+                settling.cancel_scope.cancel()
         with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):
             await self._wait_migration("pre-switchover")
             await self.qmp.execute_all(*self.disks.commands_before_handover())

@@ -66,7 +66,7 @@ class HeldPrecopy(Precopy):
     async def halt(self, nursery: trio.Nursery) -> None:
         await Capture.halt(self, nursery)
 
-    async def stop(self) -> None:
+    async def stop(self, nursery: trio.Nursery) -> None:
         """QEMU sends what is left while the disks are cut and the taps moved, and takes the device state at once."""
         self._mark_stop()
         with deadline(STEP_TIMEOUT_S, "the stop", self.qmp.vm):

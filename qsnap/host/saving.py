@@ -397,12 +397,12 @@ class Saving:
 
     async def _stop(self, member: Saved) -> None:
         try:
-            await member.capture.stop()
+            await member.capture.stop(self.nursery)
         except DivergedError:
             qmp = member.capture.qmp
             member.decision = await self._give_up_precopy(member.live, qmp, member.facts)
             member.capture = await self._begin(member.live, qmp, member.disks, member.facts, member.decision.engine)
-            await member.capture.stop()
+            await member.capture.stop(self.nursery)
 
     async def _give_up_precopy(self, vm: LiveVM, qmp: Qmp, facts: Facts) -> Decision:
         await abandon(qmp, running=facts.running)

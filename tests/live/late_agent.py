@@ -26,10 +26,10 @@ def make_late(vm: str) -> None:
             await trio.sleep_forever()
         await halt(self, nursery)
 
-    async def late(self: Background) -> None:
+    async def late(self: Background, nursery: trio.Nursery) -> None:
         if self.qmp.vm == vm:
             await trio.sleep(LATE_S)
-        await stop(self)
+        await stop(self, nursery)
 
     Background.halt = not_yet  # type: ignore[assignment, method-assign]
     Background.stop = late  # type: ignore[method-assign]

@@ -25,6 +25,7 @@ from tests.live.test_faults import receivers
 
 __all__ = ["bases", "cloning_place"]
 QEMUS = pytest.mark.parametrize("qemu", [QEMU_7, QEMU_11], ids=["7.2", "11.1"])
+NO_CUT = {"type": "blockdev-snapshot", "data": {"node": "nowhere", "overlay": "nowhere"}}
 converter = make_converter()
 
 
@@ -126,6 +127,28 @@ async def test_the_receiver_is_killed_while_a_copy_is_under_way(
             await qsnap.snapshot("disks", "doomed", disks=DiskEngine.COPY, engine=Engine.BACKGROUND, place=place)
     await check_unharmed(place)
     assert await holds(place, 0x11)
+
+
+@pytest.mark.parametrize("cut", qsnap.Cut)
+@pytest.mark.parametrize(
+    ("qemu", "engine"), [(QEMU_7, Engine.BACKGROUND), (QEMU_11, Engine.BACKGROUND), (QEMU_11, Engine.PRECOPY)]
+)
+async def test_disks_that_cannot_be_cut(
+    qemu: str,
+    engine: Engine,
+    cut: qsnap.Cut,
+    bases: tuple[qsnap.Disk, ...],
+    place: qsnap.Place,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """QEMU says so when the VM has stopped, or already runs again."""
+    await qsnap.up(make_vne("disks", vms=1, qemu=qemu, disks=bases), place=place)
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskCut, "_overlay_actions", lambda self: [NO_CUT])
+        with pytest.raises(qsnap.QemuError, match=r"VM vm1: transaction: .*nowhere"):
+            await qsnap.snapshot("disks", "doomed", engine=engine, cut=cut, disks=DiskEngine.OVERLAY, place=place)
+    await check_unharmed(place)
+    await qsnap.snapshot("disks", "again", engine=engine, cut=cut, disks=DiskEngine.OVERLAY, place=place)
 
 
 async def test_a_store_with_too_little_room_is_named_before_the_pause(

@@ -46,10 +46,10 @@ def make_late(monkeypatch: pytest.MonkeyPatch, vm: str) -> None:
             await trio.sleep_forever()
         await halt(self, nursery)
 
-    async def late(self: Background) -> None:
+    async def late(self: Background, nursery: trio.Nursery) -> None:
         if self.qmp.vm == vm:
             await trio.sleep(LATE_S)
-        await stop(self)
+        await stop(self, nursery)
 
     monkeypatch.setattr(Background, "halt", not_yet)
     monkeypatch.setattr(Background, "stop", late)
