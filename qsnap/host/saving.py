@@ -13,19 +13,20 @@ from pathlib import Path
 import trio
 from attrs import define, evolve, field
 
-from qsnap.errors import IntegrityError, QemuError, QsnapError, StateError
+from qsnap.errors import IntegrityError, QsnapError, StateError
 from qsnap.host.bridges import Links, open_links
 from qsnap.host.capture import Background, Capture, Captured, DivergedError, Precopy, Record
+from qsnap.host.condition import gather_facts, is_running, raise_if_it_ends, refuse_ended
 from qsnap.host.daemon import Daemon, Receiving
 from qsnap.host.disks import DiskCut, DiskPlan, image_of, plan_disks, tidy_disks
 from qsnap.host.held import HeldPrecopy
 from qsnap.host.journal import ABORTED, VOTED, Journal, Kind, Member, Operation
 from qsnap.host.keeping import Keeper, Keeping, OpenKeeper, open_kept, seal_state
 from qsnap.host.memory import is_memory_file, resident_bytes, spare_bytes
-from qsnap.host.migration import abandon, probe_background, probe_migration, query_ram, query_sent
+from qsnap.host.migration import abandon, query_ram, query_sent
 from qsnap.host.owner import put_back, set_aside
 from qsnap.host.place import Progress
-from qsnap.host.qemu import Process, command_line
+from qsnap.host.qemu import Process
 from qsnap.host.qmp import Qmp
 from qsnap.host.recovery import (
     Reader,
@@ -53,12 +54,10 @@ from qsnap.model import (
     vm_as_own,
 )
 from qsnap.rules.colouring import Move, plan_direction, plan_moves, plan_return
-from qsnap.rules.command import TOLD_TO_HOLD
 from qsnap.rules.engine import (
     Decision,
     Facts,
     after_divergence,
-    can_hold,
     choose_engine,
     is_crowded,
     keeps_paused,
@@ -69,7 +68,6 @@ from qsnap.wire.messages import Keep
 
 HALT_S = 0.03  #: VMs wait for each other to be stopped
 DEVICE_RAM_BYTES = 2 << 30  #: allowed for in a stream beside the guest's memory: video RAM, ROMs, tables
-ENDED = ("guest-panicked", "shutdown", "internal-error")  #: run states of a VM whose guest cannot go on
 RECORD_LIMIT = 4  #: times the guest's memory, beside the above, is what a recorded stream may grow to
 
 
@@ -476,45 +474,3 @@ def shifted(vm: VMSnapshot, offset_s: float) -> VMSnapshot:
 def record_limit(ram_bytes: int) -> int:
     """The most bytes that the recorded stream of a VM may have: a page may be in it many times."""
     return RECORD_LIMIT * ram_bytes + DEVICE_RAM_BYTES
-
-
-async def gather_facts(qmp: Qmp, vm: LiveVM) -> Facts:
-    """Ask QEMU what it can do with this VM now. Nothing is paused."""
-    return Facts(
-        vm=vm.vm.name,
-        qemu_version=vm.qemu_version,
-        accelerator=vm.accelerator,
-        hugetlb=vm.hugetlb,
-        running=await is_running(qmp),
-        background_refusal=await probe_background(qmp),
-        precopy_refusal=await probe_migration(qmp),
-        ram_blocks=len(await query_ram(qmp)),
-        holds=not vm.vm.keeper and can_hold(vm.qemu_version, vm.machine_type, told=_is_told_to_hold(vm.process)),
-    )
-
-
-def _is_told_to_hold(process: Process) -> bool:
-    with suppress(OSError):  # it is gone, as it will be found
-        return TOLD_TO_HOLD in command_line(process)
-    return False
-
-
-async def refuse_ended(qmp: Qmp) -> None:
-    """Raise StateError where the guest has ended and QEMU has not: a restore could not let it run on."""
-    state = (await qmp.execute("query-status"))["status"]
-    if state in ENDED:
-        advice = "Reset it (system_reset and cont in QEMU's monitor), or take the VNE down."
-        raise StateError(f"its guest has ended: it is {state}", where=f"VM {qmp.vm}", advice=advice)
-
-
-async def raise_if_it_ends(qmp: Qmp) -> None:
-    """Watch over the guest: one that ends by itself must not be let run again as if it had been paused for a cut."""
-    event = await qmp.wait_event(lambda event: event.name in ("GUEST_PANICKED", "SHUTDOWN"))
-    what = "panicked" if event.name == "GUEST_PANICKED" else f"ended ({event.data.get('reason')})"
-    advice = "Its console.log may tell why. See `qsnap ps`."
-    raise QemuError(f"the guest {what} while it was saved", where=f"VM {qmp.vm}", advice=advice)
-
-
-async def is_running(qmp: Qmp) -> bool:
-    """Whether the VM is not paused."""
-    return bool((await qmp.execute("query-status"))["status"] == "running")

@@ -21,6 +21,7 @@ import trio
 from qsnap import Place
 from qsnap.errors import QsnapError
 from qsnap.host.capture import Background, Bounds, Capture, Precopy
+from qsnap.host.condition import gather_facts
 from qsnap.host.daemon import Daemon
 from qsnap.host.disks import DiskCut, DiskFile, DiskPlan, DiskStep, LiveDisk, tidy_disks
 from qsnap.host.lifecycle import status
@@ -28,7 +29,6 @@ from qsnap.host.migration import abandon
 from qsnap.host.qemu import Process
 from qsnap.host.qmp import Qmp, open_loop, open_qmp
 from qsnap.host.runtime import LiveVM, LiveVNE
-from qsnap.host.saving import gather_facts
 from qsnap.host.starting import Start, describe
 from qsnap.host.tasks import one_error
 from qsnap.model import VM, VNE, Accelerator, Colour, DiskEngine
