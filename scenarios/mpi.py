@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from scenarios.processes import MAKE_WATCHED, start_job
 from scenarios.ssh import FIRST_S, SSH, serve_ssh
 from testbed.shell import GuestShell, run_everywhere
 
 DIRECTORY = "/srv/work"  #: where the ranks run; what the first leaves there is what comes of the work
-#: A rank that waits asks for its message all the time, and calls sched_yield in between: which becomes a short sleep,
-#: or all guests would take processor time from the one that is waited for.
-PREPARE = f"""\
-rm -rf {DIRECTORY} && mkdir -p {DIRECTORY}
-gcc -shared -o /run/yield.so -x c - <<<'int usleep(unsigned); int sched_yield(void) {{ return usleep(50); }}'
+#: A rank that waits looks for messages all the time, and so takes processor time from the one that it waits for. It calls
+#: sched_yield in between, which becomes a short sleep: for programs that look for messages while they work.
+SLEEPING = "int usleep(unsigned); int sched_yield(void) { return usleep(50); }"
+#: For programs that only look for messages when they have nothing else to do.
+WAITING = Path(__file__).with_name("wait.c").read_text()
+PREPARE = """\
+rm -rf {directory} && mkdir -p {directory}
+gcc -O -shared -fPIC -o /run/patient.so -x c - <<'END'
+{library}
+END
 """
 RUN = (
     "mpirun --allow-run-as-root --hostfile /run/hosts --map-by node --bind-to none"
     f" --mca plm_rsh_agent '{SSH}' --mca plm_rsh_no_tree_spawn 1 --mca plm_rsh_num_concurrent 2"  # processors are few
     " --mca pml ob1 --mca btl tcp,self --mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0"
     " --mca mpi_yield_when_idle 1"
-    " /run/watched nice env LD_PRELOAD=/run/yield.so {program}"  # so that the guest answers meanwhile
+    " /run/watched nice env LD_PRELOAD=/run/patient.so {program}"  # so that the guest answers meanwhile
 )
 LOGS = f"tail -n 30 /run/job.log {DIRECTORY}/*; ss -tn | head -n 40; ps -ef | tail -n 30"
 
@@ -30,10 +36,14 @@ def address(name: str) -> str:
     return f"10.1.0.{name.removeprefix('node-')}"
 
 
-async def start_ranks(shells: Mapping[str, GuestShell], program: str, files: Mapping[str, str]) -> None:
-    """Start a program as a rank on each guest, beside files that the first one has, by name."""
+async def start_ranks(shells: Mapping[str, GuestShell], program: str, files: Mapping[str, str], library: str) -> None:
+    """Start a program as a rank on each guest, beside files that the first one has, by name.
+
+    `library` is loaded with the program, so that ranks that wait are patient: the source of SLEEPING or WAITING.
+    """
     await serve_ssh(shells)
-    await run_everywhere(shells.values(), PREPARE + MAKE_WATCHED, limit_s=FIRST_S)
+    prepare = PREPARE.format(directory=DIRECTORY, library=library)
+    await run_everywhere(shells.values(), prepare + MAKE_WATCHED, limit_s=FIRST_S)
     written = [f"cat >{DIRECTORY}/{name} <<'END'\n{text}END" for name, text in files.items()]
     hosts = "\n".join(f"{address(name)} slots=1" for name in shells)
     await first(shells).run("\n".join((*written, f"cat >/run/hosts <<'END'\n{hosts}\nEND")))

@@ -59,7 +59,7 @@ class Challenge:
 
     async def start(self) -> None:
         """Start all ranks."""
-        await mpi.start_ranks(self.shells, "hpcc", {"hpccinf.txt": encode_input(self.systems)})
+        await mpi.start_ranks(self.shells, "hpcc", {"hpccinf.txt": encode_input(self.systems)}, mpi.SLEEPING)
 
     async def progress(self) -> dict[str, float]:
         """The share of what is to be written, at the guest that writes it."""

@@ -19,7 +19,7 @@ PROGRAM = "lmp -in in.melt -log {log} -screen none -var cells {cells} -var every
 LINES = 100  #: at least, where there are as many steps
 #: Cells of four atoms in each direction, and steps.
 WHOLE, SHORT = (8, 1000), (6, 1500)
-SHORT_VMS = 2  #: with four times as many, a step takes eight times as long: all wait for all, on the same processors
+SHORT_VMS = 2  #: with more, a step takes longer: all wait for all, on the same processors
 LINE = r"^ *[0-9]\+ \+[0-9.]\+ "
 READ = f"cd {mpi.DIRECTORY} && sha256sum <atoms | cut -c 1-64 && cat {LOG}"
 #: The last digit of a line that is somewhere in the middle is another one.
@@ -43,7 +43,7 @@ class Melt:
     async def start(self) -> None:
         """Start all ranks."""
         program = PROGRAM.format(log=LOG, cells=self.cells, every=self.every, steps=self.steps)
-        await mpi.start_ranks(self.shells, program, {"in.melt": INPUT})
+        await mpi.start_ranks(self.shells, program, {"in.melt": INPUT}, mpi.WAITING)
 
     async def progress(self) -> dict[str, float]:
         """The share of the lines that are written, at the guest that writes them; the last is of the last step."""
@@ -64,7 +64,7 @@ def make(shells: Mapping[str, GuestShell], short: bool) -> Melt:
     """The cluster of these guests."""
     cells, steps = SHORT if short else WHOLE
     if short:
-        steps = int(steps * (SHORT_VMS / len(shells)) ** 1.5)
+        steps = int(steps * (SHORT_VMS / len(shells)) ** 0.5)
     every = max(1, steps // LINES)
     return Melt(shells, cells, steps // every * every, every)
 
