@@ -10,8 +10,8 @@ from scenarios.ssh import FIRST_S, SSH, serve_ssh
 from testbed.shell import GuestShell, run_everywhere
 
 DIRECTORY = "/srv/work"  #: where the ranks run; what the first leaves there is what comes of the work
-#: A rank that waits looks for messages all the time, and so takes processor time from the one that it waits for. It calls
-#: sched_yield in between, which becomes a short sleep: for programs that look for messages while they work.
+#: A rank that waits looks for messages all the time, and so takes processor time from the one that is waited for. It
+#: calls sched_yield in between, which becomes a short sleep: for programs that look for messages while they work.
 SLEEPING = "int usleep(unsigned); int sched_yield(void) { return usleep(50); }"
 #: For programs that only look for messages when they have nothing else to do.
 WAITING = Path(__file__).with_name("wait.c").read_text()
