@@ -373,12 +373,13 @@ class Saving:
     async def _plan_reserve(self, process: Process, qmp: Qmp, ram_bytes: int) -> int:
         """Memory to take in advance: as much as the image may need, and no more than half of what there is for all VMs.
 
-        Of huge pages, a background snapshot has QEMU take all that the guest has, used or not.
+        That is less than QEMU has, which takes all huge pages of a guest, used or not, for a background snapshot.
         """
         if not is_memory_file(self.directory):
             return 0
-        used = await query_sent(qmp) or resident_bytes(process.pid)
-        return min(used, ram_bytes, spare_bytes(self.directory) // (2 * len(self.live.vms)))
+        resident, spare = resident_bytes(process.pid), spare_bytes(self.directory)
+        used = await query_sent(qmp) or resident
+        return min(used, resident, ram_bytes, spare // (2 * len(self.live.vms)))
 
     async def _halt(self) -> None:
         """Where there are several, all are stopped before the rest of any cut takes the processor from another.
