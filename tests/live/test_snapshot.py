@@ -12,7 +12,7 @@ import trio
 
 import qsnap
 from qsnap import Backing, Cut, Engine
-from qsnap.host import capture, daemon, saving
+from qsnap.host import capture, condition, daemon, saving
 from qsnap.host.capture import Bounds, Precopy
 from qsnap.host.qmp import open_qmp
 from tests.live.lab import (
@@ -164,7 +164,7 @@ async def test_a_guest_that_outruns_precopy(
     else:
         hasty = partial(Precopy, bounds=Bounds(passes_at_first_limit=0, last_limit_ms=0, passes=1))
         monkeypatch.setattr(saving, "Precopy", hasty)
-        monkeypatch.setattr(saving, "can_hold", lambda *_, **__: False)
+        monkeypatch.setattr(condition, "can_hold", lambda *_, **__: False)
         monkeypatch.setattr(capture, "DOWNTIME_LIMIT_MS", 0)
     vne = make_vne(
         "fast", vms=1, memory=192 << 20, backing=qsnap.Backing.ANONYMOUS, guest={"rate_mb": 1000, "dirty_mb": 48}
