@@ -366,7 +366,7 @@ class Saving:
                 on_bytes=on_bytes,
                 vms=len(self.live.vms),
                 held=held,
-                reserve_bytes=await self._plan_reserve(live.process, qmp, ram_bytes),
+                reserve_bytes=0 if limit else await self._plan_reserve(live.process, qmp, ram_bytes),
             )
         )
 

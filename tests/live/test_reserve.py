@@ -58,3 +58,13 @@ async def test_a_store_on_a_disk_needs_none(place: qsnap.Place, reserves: list[i
         await wait_ready(consoles)
         await qsnap.snapshot("lab", "cut", place=place)
     assert reserves == [0]
+
+
+async def test_a_recorded_stream_needs_none(place: qsnap.Place, reserves: list[int]) -> None:
+    with tmpfs(place.store):
+        await qsnap.up(make_vne("lab", vms=1, memory=MEMORY_BYTES), place=place)
+        async with open_consoles("lab", place, 1) as consoles:
+            await wait_ready(consoles)
+            await qsnap.snapshot("lab", "cut", engine=Engine.RECORD, place=place)
+        await qsnap.down("lab", place=place)
+    assert reserves == [0]
