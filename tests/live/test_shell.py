@@ -47,7 +47,17 @@ async def test_shell(place: qsnap.Place, memory_path: Path) -> None:
             await shell.run("sleep 20", limit_s=0.5)
         large = await shell.run("seq 100000")
         assert large == "\n".join(map(str, range(1, 100001)))
+        await check_waits_idly(shell)
         await check_goes_on(shell, place)
+
+
+async def check_waits_idly(shell: GuestShell) -> None:
+    """While nobody is connected a guest starts no processes, which would take an emulated one long."""
+    count = "sed -n 's/^processes //p' /proc/stat"
+    before = int(await shell.run(count))
+    await shell.aclose()
+    await trio.sleep(2)
+    assert int(await shell.run(count)) - before < 20
 
 
 async def check_goes_on(shell: GuestShell, place: qsnap.Place) -> None:
