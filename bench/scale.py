@@ -141,8 +141,9 @@ class SimulatedPart:
     vne: VNE
     progress: Progress
     vms: tuple[VMSnapshot, ...] = ()
+    round_trip_s: float = 0.0
 
-    async def perform(self, phase: Phase) -> Any:
+    async def perform(self, phase: Phase, at_s: float = 0.0) -> Any:
         """The progress of a phase, and what it returns."""
         await trio.lowlevel.checkpoint()
         if phase in (Phase.PREPARE, Phase.COLLECT):

@@ -7,7 +7,7 @@ coordinator keeps nothing: it may die at any moment (decision 0021).
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,18 @@ from attrs import define, evolve, field
 
 from qsnap.errors import ConnectionLostError, QsnapError
 from qsnap.fleet.participants import Order, Participant, open_local, phases_of
+from qsnap.host.clock import steady_s
 from qsnap.host.place import Place, Progress
 from qsnap.host.tasks import one_error, run_all, uncollected
 from qsnap.model import VNE, Host, Outcome, RestoreOrder, UpOrder
-from qsnap.rules.commit import Event, Message, Phase, Send, Stage, coordinator_next, coordinator_start
+from qsnap.rules.commit import CUTS, Event, Message, Phase, Send, Stage, coordinator_next, coordinator_start
 from qsnap.rules.parts import hosts_in_use
 
 if TYPE_CHECKING:
     from qsnap.fleet.remote import Dial, Remote
 
+AHEAD_S = 0.01  #: for agents that wait for a processor
+SEND_S = 0.5e-3  #: what it takes to tell one more host
 Decide = Callable[[Sequence[Any]], Outcome]  #: of what the last phase returned, by participant
 log = logging.getLogger("qsnap")
 
@@ -95,12 +98,20 @@ def order_for(order: Order, whole: VNE, host: Host, operation: str, decider: str
     return evolve(order, id=operation, decider=decider)
 
 
+def _ahead_s(participants: Collection[Participant]) -> float:
+    """How long before a cut its moment is told, so that it is known everywhere by then."""
+    if len(participants) < 2:
+        return 0.0
+    return AHEAD_S + SEND_S * len(participants) + max(each.round_trip_s for each in participants)
+
+
 async def lead(participants: Mapping[str, Participant], phases: tuple[Phase, ...], decide: Decide) -> list[Any]:
     """Take all through the phases and the commit; what each one's commit returned.
 
-    The first failure is raised once all that can be reached have undone their parts.
+    Where there are several, a cut has a moment, and all are told of it ahead. The first failure is raised once all that
+    can be reached have undone their parts.
     """
-    leading = _Leading(participants, decide)
+    leading = _Leading(participants, decide, _ahead_s(participants.values()))
     state, sends = coordinator_start(phases, tuple(participants))
     while sends:
         answers: list[Answered] = [(Event.FAILED, "")]
@@ -127,6 +138,7 @@ class _Leading:
 
     participants: Mapping[str, Participant]
     decide: Decide
+    ahead_s: float
     votes: dict[str, Any] = field(factory=dict)
     results: dict[str, Any] = field(factory=dict)
     outcome: Outcome | None = None
@@ -135,9 +147,10 @@ class _Leading:
     async def send_all(self, sends: Sequence[Send], stage: Stage) -> list[Answered]:
         """Send all side by side; what they answered, in the order in which it came. A failed phase ends the others."""
         answers: list[Answered] = []
+        at_s = steady_s() + self.ahead_s if self.ahead_s and sends[0].message in CUTS else 0.0
 
         async def send_one(send: Send) -> None:
-            event = await self._send(send, stage)
+            event = await self._send(send, stage, at_s)
             answers.append((event, send.to))
             if stage is Stage.PHASES and isinstance(event, Event):
                 nursery.cancel_scope.cancel()
@@ -148,10 +161,10 @@ class _Leading:
                     nursery.start_soon(send_one, send)
         return answers
 
-    async def _send(self, send: Send, stage: Stage) -> Message:
+    async def _send(self, send: Send, stage: Stage, at_s: float) -> Message:
         participant = self.participants[send.to]
         try:
-            return await self._deliver(send.message, send.to, participant)
+            return await self._deliver(send.message, send.to, participant, at_s)
         except QsnapError as error:
             if send.message is Event.ASK:
                 raise
@@ -162,10 +175,10 @@ class _Leading:
             unsure = isinstance(error, ConnectionLostError) or stage is Stage.DECIDING  # it may have failed afterwards
             return Event.LOST if unsure else Event.ABORTED
 
-    async def _deliver(self, message: Message, name: str, participant: Participant) -> Message:
+    async def _deliver(self, message: Message, name: str, participant: Participant, at_s: float) -> Message:
         match message:
             case Phase():
-                self.votes[name] = await participant.perform(message)
+                self.votes[name] = await participant.perform(message, at_s)
                 return message
             case Event.COMMIT:
                 self.outcome = self.outcome or self.decide(list(self.votes.values()))

@@ -54,6 +54,7 @@ class Happened:
 
     event: Message
     outcome: Outcome | None = None
+    at_s: float = 0.0
 
 
 async def take_part(
@@ -97,6 +98,8 @@ def _parse(message: m.Message) -> Happened:
     match message:
         case m.Perform(phase) if phase in _PHASES:
             return Happened(_PHASES[phase])
+        case m.PerformAt(phase, at_s) if phase in _PHASES:
+            return Happened(_PHASES[phase], at_s=at_s)
         case m.Commit(outcome):
             return Happened(Event.COMMIT, outcome)
         case m.Undo():
@@ -121,7 +124,7 @@ async def _drive(
             match action:
                 case Action.WORK:
                     part.work = trio.CancelScope()
-                    nursery.start_soon(_work, local, part)
+                    nursery.start_soon(_work, local, part, happened.at_s)
                 case Action.UNDO:
                     part.end_work()
                     with trio.CancelScope(shield=True):
@@ -162,12 +165,12 @@ async def _next_event(part: Part, events: trio.MemoryReceiveChannel[Happened]) -
     return Happened(Event.LOST)
 
 
-async def _work(local: participants.Participant, part: Part) -> None:
+async def _work(local: participants.Participant, part: Part, at_s: float) -> None:
     """Do a phase, and say how it went; nothing if it was cancelled, as what cancels it says why."""
     with part.work:
         async with part.busy:
             try:
-                part.vms = await local.perform(part.at.phase) or ()
+                part.vms = await local.perform(part.at.phase, at_s) or ()
                 event = Event.DONE
             except QsnapError as error:
                 part.failure = error

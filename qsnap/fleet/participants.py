@@ -15,7 +15,7 @@ from qsnap.host.place import Place, Progress
 from qsnap.host.restoring import Restoring, open_restoring
 from qsnap.host.saving import Saving, open_saving
 from qsnap.model import Cut, Outcome, RestoreOrder, SnapshotOrder, UpOrder
-from qsnap.rules.commit import SNAPSHOT_BARRIER, SNAPSHOT_COLOUR, START, Phase
+from qsnap.rules.commit import CUTS, SNAPSHOT_BARRIER, SNAPSHOT_COLOUR, START, Phase
 
 Order = UpOrder | SnapshotOrder | RestoreOrder
 
@@ -23,8 +23,12 @@ Order = UpOrder | SnapshotOrder | RestoreOrder
 class Participant(Protocol):
     """One host's part of an operation. What `perform` and `commit` return depends on the operation."""
 
-    async def perform(self, phase: Phase) -> Any:
-        """Do all that a phase asks of this host."""
+    @property
+    def round_trip_s(self) -> float:
+        """What a message and its answer may take."""
+
+    async def perform(self, phase: Phase, at_s: float = 0.0) -> Any:
+        """Do all that a phase asks of this host; a cut not before `at_s`, on the clock of `qsnap.host.clock`."""
 
     async def commit(self, outcome: Outcome) -> Any:
         """Make it last. The last phase is done."""
@@ -56,15 +60,17 @@ class Local:
     """This host's part, in this process."""
 
     work: Saving | Up | Restoring
+    round_trip_s: float = 0.0
 
     @property
     def keeping(self) -> Keeping | None:
         """What this host keeps for others, where others' VMs are saved."""
         return self.work.keeping if isinstance(self.work, Saving) else None
 
-    async def perform(self, phase: Phase) -> Any:
+    async def perform(self, phase: Phase, at_s: float = 0.0) -> Any:
         """`tuple[VMSnapshot, ...]` for COLLECT; else nothing."""
-        return await getattr(self.work, phase.value)()
+        step = getattr(self.work, phase.value)
+        return await (step(at_s) if phase in CUTS else step())
 
     async def commit(self, outcome: Outcome) -> Any:
         """A Snapshot, a VNEStatus or a RestoreReport."""

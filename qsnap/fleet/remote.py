@@ -19,6 +19,7 @@ from qsnap.rules.clocks import Exchange, clock_offset_s
 from qsnap.rules.commit import Phase
 from qsnap.wire import messages as m
 
+CAPABILITY = "appointment"
 CLOCK_PROBES = 8
 UNDO_S = 90.0  #: an undo may have to merge disks
 INQUIRY_S = 30.0  #: how long a decider that was lost is asked before its outcome is left open
@@ -37,11 +38,15 @@ class Remote:
     dial: Dial
     connection: Connection
     progress: Progress
+    round_trip_s: float = 0.0  #: the longest that was seen
     ended: bool = False  #: the host has been told to commit or to undo, or cannot be told any more
 
-    async def perform(self, phase: Phase) -> Any:
+    async def perform(self, phase: Phase, at_s: float = 0.0) -> Any:
         """What the host's own `perform` returned."""
-        return (await self._ask(m.Perform(phase.value), m.Performed)).vms
+        message: m.Message = m.Perform(phase.value)
+        if at_s and isinstance(self.order, SnapshotOrder) and CAPABILITY in self.connection.capabilities:
+            message = m.PerformAt(phase.value, at_s - self.order.clock_offset_s)
+        return (await self._ask(message, m.Performed)).vms
 
     async def commit(self, outcome: Outcome) -> Any:
         """What the host's own `commit` returned."""
@@ -82,9 +87,12 @@ class Remote:
 async def open_remote(host: Host, order: Order, dial: Dial, progress: Progress) -> AsyncIterator[Remote]:
     """One host's part of an operation, which is undone if the block is left without a commit."""
     async with dial(host) as connection:
+        round_trip_s = 0.0
         if isinstance(order, SnapshotOrder):
-            order = evolve(order, clock_offset_s=await measure_clock_offset(connection))
-        remote = Remote(host, order, dial, connection, progress)
+            exchanges = await probe_clock(connection)
+            order = evolve(order, clock_offset_s=clock_offset_s(exchanges))
+            round_trip_s = max(exchange.delay_s for exchange in exchanges)
+        remote = Remote(host, order, dial, connection, progress, round_trip_s)
         await remote._ask(m.Begin.of(order), m.Begun)
         try:
             yield remote
@@ -122,10 +130,10 @@ async def inquire(host: Host, dial: Dial, message: m.Ask) -> Outcome | None:
         return (await ask(connection, message, m.Answer)).outcome
 
 
-async def measure_clock_offset(connection: Connection) -> float:
-    """How many seconds this host's clock is ahead of the other's."""
+async def probe_clock(connection: Connection) -> list[Exchange]:
+    """Messages that went to a host and back, to compare its clock with this one's."""
     exchanges = []
     for _ in range(CLOCK_PROBES):
         reply = await ask(connection, m.ClockProbe(steady_s()), m.ClockReply)
         exchanges.append(Exchange(reply.sent_s, reply.received_s, reply.answered_s, steady_s()))
-    return clock_offset_s(exchanges)
+    return exchanges

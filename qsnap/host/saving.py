@@ -16,6 +16,7 @@ from attrs import define, evolve, field
 from qsnap.errors import IntegrityError, QsnapError, StateError
 from qsnap.host.bridges import Links, open_links
 from qsnap.host.capture import Background, Capture, Captured, DivergedError, Precopy, Record
+from qsnap.host.clock import sleep_until, steady_s
 from qsnap.host.condition import gather_facts, is_running, raise_if_it_ends, refuse_ended
 from qsnap.host.daemon import Daemon, Receiving
 from qsnap.host.disks import DiskCut, DiskPlan, image_of, plan_disks, tidy_disks
@@ -40,7 +41,7 @@ from qsnap.host.recovery import (
 from qsnap.host.runtime import LiveVM, LiveVNE, Runtime
 from qsnap.host.starting import find_qemu_img, keep_boot_files, layers_directory
 from qsnap.host.store import Store
-from qsnap.host.tasks import one_error, run_all, undisturbed
+from qsnap.host.tasks import one_error, prioritized, run_all, uncollected
 from qsnap.model import (
     Colour,
     Cut,
@@ -66,6 +67,7 @@ from qsnap.rules.engine import (
 from qsnap.rules.manifest import files_in
 from qsnap.wire.messages import Keep
 
+APPOINTMENT_S = 5.0  #: no cut waits longer than this for its time
 HALT_S = 0.03  #: VMs wait for each other to be stopped
 DEVICE_RAM_BYTES = 2 << 30  #: allowed for in a stream beside the guest's memory: video RAM, ROMs, tables
 RECORD_LIMIT = 4  #: times the guest's memory, beside the above, is what a recorded stream may grow to
@@ -153,6 +155,7 @@ class Saving:
     readers: dict[str, Reader] = field(factory=dict)
     keepers: dict[str, Keeper] = field(factory=dict)  #: of VMs that other hosts keep
     urgent: ExitStack = field(factory=ExitStack)  #: from the vote to the end of the cut
+    punctual: ExitStack = field(factory=ExitStack)  #: until all are stopped
     settling: trio.CancelScope = field(factory=trio.CancelScope)  #: over the disks, from the vote to the cut
     watches: list[trio.CancelScope] = field(factory=list)  #: over the VMs
     directory: Path = field(init=False)
@@ -173,20 +176,20 @@ class Saving:
         self.members = await run_all([partial(self._prepare, vm) for vm in vms])
         await self._settle_disks()
         self.nursery.start_soon(self._keep_settled)
-        self.urgent.enter_context(undisturbed())
+        self.urgent.enter_context(uncollected())
+        self.punctual = self.urgent.enter_context(ExitStack())
+        self.punctual.enter_context(prioritized())
 
-    async def cut(self) -> None:
+    async def cut(self, at_s: float = 0.0) -> None:
         """The cut of VMs that wait for no other: each resumes as soon as it can."""
-        self.settling.cancel()
-        await self._settle_disks()
+        await self._await_cut(at_s)
         with self.urgent:
             await self._halt()
             await run_all([partial(self._stop_and_resume, member) for member in self.members])
 
-    async def stop(self) -> None:
+    async def stop(self, at_s: float = 0.0) -> None:
         """The first half of a barrier: every VM is stopped when this returns."""
-        self.settling.cancel()
-        await self._settle_disks()
+        await self._await_cut(at_s)
         await self._halt()
         await run_all([partial(self._stop, member) for member in self.members])
 
@@ -255,6 +258,12 @@ class Saving:
     def _end_watches(self) -> None:
         for scope in self.watches:
             scope.cancel()
+
+    async def _await_cut(self, at_s: float) -> None:
+        """Until it is time for the cut, `at_s` on this host's clock, if hosts have one together."""
+        self.settling.cancel()
+        await self._settle_disks()
+        await sleep_until(min(at_s, steady_s() + APPOINTMENT_S))
 
     async def _settle_disks(self) -> None:
         await run_all([member.disks.settle for member in self.members])
@@ -385,10 +394,12 @@ class Saving:
         """Where there are several, all are stopped before the rest of any cut takes the processor from another.
 
         One that takes longer than HALT_S is no longer waited for: its cut comes later, as with engines that halt none.
+        What follows has no priority over QEMU processes that are still to stop, on behalf of others on this machine.
         """
         if self._several:
             with trio.move_on_after(HALT_S):
                 await run_all([partial(member.capture.halt, self.nursery) for member in self.members])
+            self.punctual.close()
 
     async def _stop_and_resume(self, member: Saved) -> None:
         await self._stop(member)

@@ -68,17 +68,16 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Milliseconds count inside: no garbage is collected and, where that is allowed, no other program goes first."""
-    with uncollected():
-        _usual.append(_usual[0] if _usual else (os.sched_getscheduler(0), os.sched_getparam(0)))
-        _schedule(os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-        try:
-            yield
-        finally:
-            usual = _usual.pop()
-            if not _usual:
-                _schedule(*usual)
+def prioritized() -> Iterator[None]:
+    """No other program goes first inside, where that is allowed."""
+    _usual.append(_usual[0] if _usual else (os.sched_getscheduler(0), os.sched_getparam(0)))
+    _schedule(os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    try:
+        yield
+    finally:
+        usual = _usual.pop()
+        if not _usual:
+            _schedule(*usual)
 
 
 def _schedule(policy: int, parameters: os.sched_param) -> None:

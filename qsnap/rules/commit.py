@@ -40,6 +40,7 @@ class Phase(Enum):
     COLLECT = "collect"  #: all files of the part are complete and synced
 
 
+CUTS = (Phase.CUT, Phase.STOP)  #: what all are to begin at one moment
 START = (Phase.PREPARE,)  #: up and restore: the VMs are there
 SNAPSHOT_COLOUR = (Phase.PREPARE, Phase.CUT, Phase.COLLECT)
 SNAPSHOT_BARRIER = (Phase.PREPARE, Phase.STOP, Phase.RESUME, Phase.COLLECT)

@@ -33,8 +33,8 @@ from qsnap.wire.strict import exactly, make_converter, parse_object, structure
 
 Version = tuple[int, int]  #: major, minor; another major is another protocol, a higher minor has more capabilities
 
-VERSION: Version = (1, 1)
-CAPABILITIES: tuple[str, ...] = ("console",)
+VERSION: Version = (1, 2)
+CAPABILITIES: tuple[str, ...] = ("console", "appointment")
 
 
 @frozen
@@ -151,6 +151,14 @@ class Perform:
     """Asks for a phase of the operation: a value of `qsnap.rules.commit.Phase`."""
 
     phase: str
+
+
+@frozen
+class PerformAt:
+    """Asks for a phase that all begin at one moment: `at_s` on the receiver's clock, or at once if that is past."""
+
+    phase: str
+    at_s: float
 
 
 @frozen
@@ -467,6 +475,7 @@ Message = (
     | Begin
     | Begun
     | Perform
+    | PerformAt
     | Performed
     | Commit
     | Committed

@@ -11,6 +11,7 @@ from attrs import define, field
 
 from qsnap.errors import ConnectionLostError, HostError, InDoubtError, QsnapError
 from qsnap.fleet.coordinator import lead
+from qsnap.host.clock import steady_s
 from qsnap.model import Outcome
 from qsnap.rules.commit import SNAPSHOT_BARRIER, SNAPSHOT_COLOUR, Phase
 
@@ -29,6 +30,8 @@ class Fake:
     answer: Outcome | QsnapError | None = None
     state: str = ""
     slow: str = ""
+    round_trip_s: float = 0.0
+    times: dict[Phase, float] = field(factory=dict)
 
     async def _step(self, step: str) -> None:
         self.log.append(f"{self.name} {step}")
@@ -38,7 +41,8 @@ class Fake:
         if step in self.faults:
             raise self.faults[step]
 
-    async def perform(self, phase: Phase) -> Any:
+    async def perform(self, phase: Phase, at_s: float = 0.0) -> Any:
+        self.times[phase] = at_s
         await self._step(phase.value)
         return f"vote of {self.name}"
 
@@ -77,6 +81,17 @@ async def test_all_phases_then_the_decider_then_the_others() -> None:
         assert sorted(log[3 * number : 3 * number + 3]) == [f"{name} {step}" for name in NAMES]
     assert log[12] == "a commit"
     assert sorted(log[13:]) == ["b commit", "c commit"]
+
+
+@pytest.mark.parametrize(("phases", "cut"), [(SNAPSHOT_COLOUR, Phase.CUT), (SNAPSHOT_BARRIER, Phase.STOP)])
+async def test_a_cut_has_one_time_for_all(phases: tuple[Phase, ...], cut: Phase) -> None:
+    fakes, _ = make()
+    begun_s = steady_s()
+    fakes["b"].round_trip_s = 0.5
+    await lead(fakes, phases, decide)
+    (at_s,) = {fake.times[cut] for fake in fakes.values()}
+    assert begun_s + 0.5 < at_s < steady_s() + 1.0
+    assert {fake.times[phase] for fake in fakes.values() for phase in phases if phase is not cut} == {0.0}
 
 
 @pytest.mark.parametrize("phase", [phase.value for phase in SNAPSHOT_COLOUR])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from attrs import define, field
+from attrs import define, evolve, field
 from trio.testing import MockClock, memory_stream_pair
 
 import qsnap
@@ -19,8 +19,9 @@ from qsnap.fleet.channel import Connection
 from qsnap.fleet.identity import Peer
 from qsnap.fleet.part import DEAD_MAN_S
 from qsnap.fleet.participants import Order
-from qsnap.host.place import Place, Progress
-from qsnap.model import Cut, Outcome, SnapshotOrder
+from qsnap.fleet.remote import Remote
+from qsnap.host.place import Place, Progress, no_progress
+from qsnap.model import Cut, Host, Outcome, SnapshotOrder
 from qsnap.rules.commit import Phase
 from qsnap.wire import messages as m
 
@@ -35,8 +36,11 @@ class Work:
 
     done: list[str] = field(factory=list)
     slow: str = ""
+    round_trip_s: float = 0.0
+    times: list[float] = field(factory=list)
 
-    async def perform(self, phase: Phase) -> Any:
+    async def perform(self, phase: Phase, at_s: float = 0.0) -> Any:
+        self.times.append(at_s)
         if phase.value == self.slow:
             await trio.sleep_forever()
         self.done.append(phase.value)
@@ -131,6 +135,33 @@ async def test_a_phase_that_is_sent_again_is_not_done_again(tmp_path: Path, auto
         assert await say(connection, [m.Perform("prepare")]) == ["Performed"]
         assert await say(connection, [m.Perform("cut")]) == ["Performed"]
         assert work.done == ["prepare", "cut"]
+
+
+async def test_the_time_of_a_cut_is_passed_on(tmp_path: Path, autojump_clock: MockClock) -> None:
+    work = Work()
+    async with agent(work, tmp_path) as connection:
+        await begin(connection, COLOUR, "prepare")
+        assert await say(connection, [m.PerformAt("cut", 5.5)]) == ["Performed"]
+        assert work.times == [0.0, 5.5]
+
+
+@pytest.mark.parametrize(("capabilities", "at_s"), [({"appointment"}, 8.0), (set(), 0.0)])
+async def test_the_time_of_a_cut_is_told_on_the_clock_of_the_host(
+    capabilities: set[str], at_s: float, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """And not at all to one that does not know of such times yet."""
+    work = Work()
+    async with agent(work, tmp_path) as connection:
+        connection.capabilities = frozenset(capabilities)
+        await begin(connection, COLOUR, "prepare")
+        order, host = evolve(COLOUR, clock_offset_s=2.0), Host("alpha", "127.0.0.1", 7907, "127.0.0.1")
+        remote = Remote(host, order, _never, connection, no_progress)
+        await remote.perform(Phase.CUT, 10.0)
+        assert work.times[-1] == at_s
+
+
+def _never(host: Host) -> AbstractAsyncContextManager[Connection]:
+    raise AssertionError
 
 
 async def test_a_coordinator_that_is_silent_at_a_barrier(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsnap.host import clock, qmp
-from qsnap.host.clock import place_stamp, steady_s
+from qsnap.host.clock import place_stamp, sleep_until, steady_s
 from qsnap.host.qmp import open_loop, open_qmp
 
 HOUR_S = 3600.0
@@ -50,6 +50,20 @@ def test_order_and_durations(steps: list[tuple[float, float, float]]) -> None:
 
 def test_it_is_unix_time() -> None:
     assert steady_s() == pytest.approx(time.time(), abs=60)
+
+
+@pytest.mark.parametrize("ahead_s", [-1.0, 0.0, 0.001, 0.05])
+async def test_an_instant_is_slept_until(ahead_s: float) -> None:
+    begun_s = steady_s()
+    await sleep_until(begun_s + ahead_s)
+    assert steady_s() >= begun_s + ahead_s
+
+
+async def test_who_sleeps_until_an_instant_lets_others_work() -> None:
+    """And can be cancelled: only the very last of it blocks."""
+    with trio.move_on_after(0.01) as scope:
+        await sleep_until(steady_s() + 30)
+    assert scope.cancelled_caught
 
 
 class JumpingClock:

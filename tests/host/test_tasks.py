@@ -8,15 +8,16 @@ from contextlib import ExitStack
 
 import pytest
 
-from qsnap.host.tasks import undisturbed
+from qsnap.host.tasks import prioritized, uncollected
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="it takes CAP_SYS_NICE")
 def test_overlapping_blocks_end_as_if_there_had_been_one() -> None:
     before = os.sched_getscheduler(0)
     first, second = ExitStack(), ExitStack()
-    first.enter_context(undisturbed())
-    second.enter_context(undisturbed())
+    for stack in (first, second):
+        stack.enter_context(uncollected())
+        stack.enter_context(prioritized())
     first.close()
     assert os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK == os.SCHED_RR
     assert not gc.isenabled()

@@ -202,11 +202,11 @@ async def test_files_to_be_cloned_are_written_out_before_the_cut(
         synced.append(path)
         sync_file(path)
 
-    async def dawdle(self: Saving) -> None:
+    async def dawdle(self: Saving, at_s: float) -> None:
         at_cut.append(len(synced))
         await trio.sleep(10 * SETTLE_S)
         at_cut.append(len(synced))
-        await cut(self)
+        await cut(self, at_s)
 
     monkeypatch.setattr("qsnap.host.disks.cut.sync_file", note)
     monkeypatch.setattr(Saving, "cut", dawdle)

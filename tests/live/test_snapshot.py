@@ -6,6 +6,7 @@ import math
 import os
 import signal
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -13,7 +14,8 @@ import trio
 import qsnap
 from qsnap import Backing, Cut, Engine
 from qsnap.host import capture, condition, daemon, saving
-from qsnap.host.capture import Bounds, Precopy
+from qsnap.host.capture import Bounds, Capture, Precopy
+from qsnap.host.clock import steady_s
 from qsnap.host.qmp import open_qmp
 from tests.live.lab import (
     QEMU_7,
@@ -109,11 +111,11 @@ async def test_a_vm_that_somebody_pauses_meanwhile(
     """It is saved as it is then, and runs again as it did; nobody waits for it to stop."""
     cut = saving.Saving.cut
 
-    async def pause_and_cut(self: saving.Saving) -> None:
+    async def pause_and_cut(self: saving.Saving, at_s: float) -> None:
         async with open_qmp(place.runtime().monitor_path("paused", "vm1"), vm="vm1") as qmp:
             await qmp.execute("stop")
         await trio.sleep(0.5)
-        await cut(self)
+        await cut(self, at_s)
 
     monkeypatch.setattr(saving.Saving, "cut", pause_and_cut)
     await qsnap.up(make_vne("paused", vms=2), place=place)
@@ -125,6 +127,46 @@ async def test_a_vm_that_somebody_pauses_meanwhile(
         verdict = judge(saved, place)
         assert (verdict.orphans, verdict.wrong_stamps) == (0, 0)
         await check_continues(consoles, verdict.states)
+
+
+@pytest.mark.parametrize("kind", [Cut.COLOUR, Cut.BARRIER])
+async def test_a_cut_waits_for_its_time(kind: Cut, place: qsnap.Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "cut" if kind is Cut.COLOUR else "stop"
+    cut, times = getattr(saving.Saving, name), []
+
+    async def cut_later(self: saving.Saving, at_s: float) -> None:
+        times.append(steady_s() + 0.5)
+        await cut(self, times[-1])
+
+    monkeypatch.setattr(saving.Saving, name, cut_later)
+    await qsnap.up(make_vne("later", vms=1), place=place)
+    async with open_consoles("later", place, 1) as consoles:
+        await wait_ready(consoles)
+        saved = await qsnap.snapshot("later", "cut", cut=kind, place=place)
+    assert saved.vms[0].measurements.stop_instant_s > times[0] - 0.01
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes CAP_SYS_NICE")
+async def test_priority_ends_when_all_are_stopped(place: qsnap.Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where hosts share processors, QEMU processes that are still to stop would wait for the rest of others' cuts."""
+    policies: dict[str, set[int]] = {"halt": set(), "stop": set()}
+
+    def watch(owner: type, name: str, what: str) -> None:
+        function = getattr(owner, name)
+
+        async def watched(*arguments: Any) -> None:
+            policies[what].add(os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK)
+            await function(*arguments)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(Capture, "halt", "halt")
+    watch(saving.Saving, "_stop", "stop")
+    await qsnap.up(make_vne("prompt", vms=2), place=place)
+    async with open_consoles("prompt", place, 2) as consoles:
+        await wait_ready(consoles)
+        await qsnap.snapshot("prompt", "cut", place=place)
+    assert policies == {"halt": {os.SCHED_RR}, "stop": {os.SCHED_OTHER}}
 
 
 @pytest.mark.parametrize(
