@@ -18,8 +18,7 @@ other figures are medians of at least 5 snapshots.
 
 All hosts share the processors of this machine. Where these are fewer than VMs, the guests, agents and receivers wait
 for each other as they would not on hosts of their own: the figures are worse than those would be. So 4 hosts with 2 VMs
-each, and as many on one, are measured with *idle* guests too, which neither send nor rewrite memory. Emulated, each of
-those still takes a quarter of a processor.
+each, and as many on one, are measured with *idle* guests too, which neither send nor rewrite memory.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ async def disrupt(guests: Sequence[Guest], action: Callable[[], Awaitable[T]]) -
 
 
 def count_timeouts(guests: Sequence[Guest]) -> int:
-    """All that there have been; a guest's own count is up to 64 ms behind."""
+    """All that there have been; a guest's own count is up to 0.1 s behind."""
     return sum(guest.probe.word(TIMEOUTS_AT) for guest in guests)
 
 

@@ -158,7 +158,7 @@ void *locked_pages(size_t count) {
     void *pages = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (pages == MAP_FAILED || madvise(pages, bytes, MADV_NOHUGEPAGE) < 0 || mlock(pages, bytes) < 0) {
         say("\"fatal\":\"cannot lock %zu pages: %s\"", count, strerror(errno));
-        for (;;) console_work(), usleep(10000);
+        for (;;) console_work(POLLIN), usleep(10000);
     }
     return pages;
 }

@@ -142,9 +142,9 @@ static void take_byte(char byte) {
     obey_line();
 }
 
-void console_work(void) {
+void console_work(short events) {
     char bytes[64];
-    ssize_t got = read(console_fd, bytes, sizeof bytes);
+    ssize_t got = events & ~POLLOUT ? read(console_fd, bytes, sizeof bytes) : 0;
     for (ssize_t i = 0; i < got; i++) take_byte(bytes[i]);
     if (finish_asked && tcp_finished()) {
         finish_asked = false;

@@ -58,27 +58,36 @@ static void announce_ready(void) {
 }
 
 static void tick(uint64_t now) {
+    static uint64_t counted_ns;
     raise_by(&state->ticks, 1);
     publish(&state->uptime_ms, now / 1000000);
     announce_ready();
     stamps_report();
-    if (state->ticks % 64 == 0) tcp_count_timeouts();
+    if (now - counted_ns >= LONGEST_REST_NS) tcp_count_timeouts(), counted_ns = now;
+}
+
+/* Emulated, each turn of the loop takes long, and many guests share few processors: there is one when there is something
+ * to do, and no more than one per millisecond for what is to be sent. */
+static struct timespec rest(void) {
+    uint64_t udp_ns = udp_rest_ns(), tcp_ns = tcp_rest_ns(), rest_ns = udp_ns < tcp_ns ? udp_ns : tcp_ns;
+    if (rest_ns < SHORTEST_REST_NS) rest_ns = SHORTEST_REST_NS;
+    if (rest_ns > LONGEST_REST_NS) rest_ns = LONGEST_REST_NS;
+    return (struct timespec){.tv_nsec = (long)rest_ns};
 }
 
 static void loop(void) {
-    uint64_t then = now_ns(), next_tick = then;
-    for (;;) {
+    for (uint64_t then = now_ns();;) {
         struct pollfd fds[2 + TCP_FDS] = {{console_fd, POLLIN, 0}, {udp_fd, POLLIN, 0}};
         if (console_has_output()) fds[0].events |= POLLOUT;
         tcp_poll_fds(fds + 2);
-        struct timespec rest = {.tv_nsec = next_tick > then ? (long)(next_tick - then) : 0};
-        ppoll(fds, 2 + TCP_FDS, &rest, NULL);
+        struct timespec at_most = rest();
+        ppoll(fds, 2 + TCP_FDS, &at_most, NULL);
         uint64_t now = now_ns();
-        if (now >= next_tick) tick(now), next_tick = now + 1000000;
-        udp_receive();
+        tick(now);
+        if (fds[1].revents) udp_receive();
         udp_send_due(now - then);
         tcp_work(fds + 2, now - then);
-        console_work();
+        console_work(fds[0].revents);
         then = now;
     }
 }

@@ -12,6 +12,7 @@
 extern struct state *state;
 
 enum { UDP_PORT = 7001, TCP_PORT = 7002, MAX_NETWORKS = 4 };
+enum { SHORTEST_REST_NS = 1000000, LONGEST_REST_NS = 100000000 }; /* of a thread that has nothing to do */
 
 /* splitmix64's output function: turns any two neighbouring numbers into unrelated ones. */
 static inline uint64_t mix64(uint64_t x) {
@@ -51,6 +52,7 @@ void udp_set_on(bool on);
 bool udp_started(void);
 void udp_receive(void);
 void udp_send_due(uint64_t elapsed_ns);
+uint64_t udp_rest_ns(void);
 extern int udp_fd;
 
 /* tcp.c */
@@ -58,6 +60,7 @@ void tcp_open(bool on, long kbps);
 bool tcp_started(void);
 void tcp_poll_fds(struct pollfd *fds);
 void tcp_work(const struct pollfd *fds, uint64_t elapsed_ns);
+uint64_t tcp_rest_ns(void);
 void tcp_finish(void);
 bool tcp_finished(void);
 void tcp_count_timeouts(void);
@@ -65,7 +68,7 @@ enum { TCP_FDS = 3 };
 
 /* console.c */
 void console_open(void);
-void console_work(void);
+void console_work(short events);
 bool console_has_output(void);
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 extern int console_fd;

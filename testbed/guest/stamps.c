@@ -74,6 +74,14 @@ static void touch(uint64_t index) {
     raise_by(&state->touched, 1);
 }
 
+/* Until there are some pages to touch: emulated, it takes long to wake for each. */
+static void rest(double per_ns) {
+    double rest_ns = per_ns > 0 ? 16 / per_ns : LONGEST_REST_NS;
+    if (per_ns > 0 && rest_ns > 10 * SHORTEST_REST_NS) rest_ns = 10 * SHORTEST_REST_NS;
+    if (rest_ns < SHORTEST_REST_NS) rest_ns = SHORTEST_REST_NS;
+    nanosleep(&(struct timespec){.tv_nsec = (long)rest_ns}, NULL);
+}
+
 /* Debt is forgotten beyond 20 ms: a guest that was held up does not catch up in one burst. */
 static void *touch_forever(void *unused) {
     uint64_t index = 0, then = now_ns();
@@ -88,7 +96,7 @@ static void *touch_forever(void *unused) {
             touch(index);
             index = index + 1 < state->stamp_pages ? index + 1 : 0;
         }
-        if (due < 1) nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+        if (due < 1) rest(per_ns);
     }
     return unused;
 }

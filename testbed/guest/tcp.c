@@ -245,6 +245,12 @@ void tcp_work(const struct pollfd *fds, uint64_t elapsed_ns) {
     else if (!settled(&out)) keep_sending();
 }
 
+/* Until the next record is to be sent, if it is time that it waits for. */
+uint64_t tcp_rest_ns(void) {
+    if (!kbps || out.shown->phase != STREAM_OPEN || out.done < RECORD_BYTES) return UINT64_MAX;
+    return allowance_bytes < DATA_BYTES ? (uint64_t)((DATA_BYTES - allowance_bytes) * 8e6 / (double)kbps) : 0;
+}
+
 /* A counter of the kernel's; its file has a row of names, and one of numbers below. */
 static uint64_t netstat(const char *name) {
     static char text[8192];

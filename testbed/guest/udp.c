@@ -62,6 +62,11 @@ void udp_send_due(uint64_t elapsed_ns) {
             if (j + 1 != state->id) send_one(j);
 }
 
+/* Until the next datagram is to be sent. */
+uint64_t udp_rest_ns(void) {
+    return on ? (uint64_t)((1 - due) * 1e9 / (double)datagrams_per_second) : UINT64_MAX;
+}
+
 static void forget_between(struct seen *peer, uint64_t from, uint64_t to) {
     if (to - from >= WINDOW) memset(peer->bits, 0, sizeof peer->bits);
     else
