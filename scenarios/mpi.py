@@ -10,11 +10,9 @@ from scenarios.ssh import FIRST_S, SSH, serve_ssh
 from testbed.shell import GuestShell, run_everywhere
 
 DIRECTORY = "/srv/work"  #: where the ranks run; what the first leaves there is what comes of the work
-#: A rank that waits looks for messages all the time, and so takes processor time from the one that is waited for. It
-#: calls sched_yield in between, which becomes a short sleep: for programs that look for messages while they work.
-SLEEPING = "int usleep(unsigned); int sched_yield(void) { return usleep(50); }"
-#: For programs that only look for messages when they have nothing else to do.
-WAITING = Path(__file__).with_name("wait.c").read_text()
+#: A rank that waits looks for messages all the time, and so takes processor time from the one that is waited for. With
+#: this library it waits in the kernel.
+WAIT = Path(__file__).with_name("wait.c").read_text()
 PREPARE = """\
 rm -rf {directory} && mkdir -p {directory}
 gcc -O -shared -fPIC -o /run/patient.so -x c - <<'END'
@@ -36,13 +34,16 @@ def address(name: str) -> str:
     return f"10.1.0.{name.removeprefix('node-')}"
 
 
-async def start_ranks(shells: Mapping[str, GuestShell], program: str, files: Mapping[str, str], library: str) -> None:
+async def start_ranks(
+    shells: Mapping[str, GuestShell], program: str, files: Mapping[str, str], longest_ms: int
+) -> None:
     """Start a program as a rank on each guest, beside files that the first one has, by name.
 
-    `library` is loaded with the program, so that ranks that wait are patient: the source of SLEEPING or WAITING.
+    A rank that finds no message waits for up to `longest_ms` for one before it goes on: long where it only looks for
+    messages when it has nothing else to do, short where it looks for them while it works.
     """
     await serve_ssh(shells)
-    prepare = PREPARE.format(directory=DIRECTORY, library=library)
+    prepare = PREPARE.format(directory=DIRECTORY, library=f"#define LONGEST_MS {longest_ms}\n{WAIT}")
     await run_everywhere(shells.values(), prepare + MAKE_WATCHED, limit_s=FIRST_S)
     written = [f"cat >{DIRECTORY}/{name} <<'END'\n{text}END" for name, text in files.items()]
     hosts = "\n".join(f"{address(name)} slots=1" for name in shells)

@@ -10,7 +10,13 @@ from attrs import frozen
 from scenarios.history import Finding, History, Run
 from scenarios.processes import Worker, check_workers
 
-ERRORS = ("PTRANS_residual", "MPIRandomAccess_Errors", "MPIRandomAccess_LCG_Errors")  #: that are to be 0
+#: Locations of the table that are wrong. Where a rank has several receives at once, the word that another has ended may
+#: overtake that one's last updates, which are lost then (RandomAccess/MPIRandomAccess.c, USE_MULTIPLE_RECV): HPCC lets
+#: one in a hundred pass.
+LOCATIONS = ("MPIRandomAccess_Errors", "MPIRandomAccess_LCG_Errors")
+ORDERLY_RANKS = 4  #: at most so many, and each has one receive at a time
+LOST_SHARE = 0.01
+ERRORS = ("PTRANS_residual", *LOCATIONS)  #: that are to be 0
 #: What the summary has that does not depend on time. PTRANS_n does: it is of the fastest of several (pdtransdriver.c).
 NUMBERS = (
     *ERRORS,
@@ -84,7 +90,8 @@ def _unverified(title: str, outcome: Outcome) -> Iterator[str]:
         if not passed:
             yield f"{title}: {system} has a residual of {residual}"
     for name in ERRORS:
-        if float(numbers[name] or "nan") != 0:
+        allowed = LOST_SHARE * float(numbers["MPIRandomAccess_N"] or 0) if name in _disorderly(outcome) else 0.0
+        if not float(numbers[name] or "nan") <= allowed:
             yield f"{title}: {name} is {numbers[name] or 'not told'}"
 
 
@@ -93,5 +100,10 @@ def _differences(first: Run[Outcome], run: Run[Outcome]) -> Iterator[str]:
         if before != now:
             yield f"{run.title}: the residual of {now[0]} is {now[1]}, not {before[1]}"
     for name, number in first.outcome.numbers.items():
-        if run.outcome.numbers[name] != number:
+        if run.outcome.numbers[name] != number and name not in _disorderly(first.outcome):
             yield f"{run.title}: {name} is {run.outcome.numbers[name]}, not {number}"
+
+
+def _disorderly(outcome: Outcome) -> tuple[str, ...]:
+    """The numbers that are not the same whenever HPCC is run."""
+    return LOCATIONS if len(outcome.workers) > ORDERLY_RANKS else ()

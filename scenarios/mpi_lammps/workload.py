@@ -16,6 +16,7 @@ from testbed.shell import GuestShell
 INPUT = Path(__file__).with_name("in.melt").read_text()
 LOG = "log.melt"
 PROGRAM = "lmp -in in.melt -log {log} -screen none -var cells {cells} -var every {every} -var steps {steps}"
+LONGEST_WAIT_MS = 32
 LINES = 100  #: at least, where there are as many steps
 #: Cells of four atoms in each direction, and steps.
 WHOLE, SHORT = (8, 1000), (6, 1500)
@@ -43,7 +44,7 @@ class Melt:
     async def start(self) -> None:
         """Start all ranks."""
         program = PROGRAM.format(log=LOG, cells=self.cells, every=self.every, steps=self.steps)
-        await mpi.start_ranks(self.shells, program, {"in.melt": INPUT}, mpi.WAITING)
+        await mpi.start_ranks(self.shells, program, {"in.melt": INPUT}, LONGEST_WAIT_MS)
 
     async def progress(self) -> dict[str, float]:
         """The share of the lines that are written, at the guest that writes them; the last is of the last step."""

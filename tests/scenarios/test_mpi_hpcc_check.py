@@ -93,6 +93,14 @@ def test_a_bad_run(name: str) -> None:
     assert refuted(history(change(GOOD))) == claims
 
 
+@pytest.mark.parametrize(("errors", "claims"), [(0, []), (1, []), (10, []), (11, [VERIFIED])])
+def test_more_than_four_ranks_lose_a_few_updates(errors: int, claims: list[str]) -> None:
+    text = TEXT.replace("CommWorldProcs=2", "CommWorldProcs=5").replace("Access_Errors=0", f"Access_Errors={errors}")
+    workers = tuple(Worker(f"node-{number}", ("100:7",), "100:7") for number in range(1, 6))
+    many = [parse_output(each, ASKED, workers) for each in (TEXT.replace("CommWorldProcs=2", "CommWorldProcs=5"), text)]
+    assert refuted(history_of(many[0], many[0], many[1])) == claims
+
+
 def test_nothing_asked_for_is_nothing_verified() -> None:
     nothing = parse_output(TEXT.replace("WR11", "none"), (), WORKERS)
     assert VERIFIED in refuted(history(nothing))
