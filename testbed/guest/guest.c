@@ -13,7 +13,7 @@
  *   qsnap.work=0         1 to keep the vCPU busy with work that is counted (state.worked)
  *
  * Console commands, each with ` #tag` behind it if the answer shall bring a tag back:
- *   status     @{"status":{all counters},"tag":...}
+ *   status     @{"status":{all counters},"tag":...}; a tick is a turn of the loop
  *   finish     ends the outgoing stream, waits for the incoming one to end: @{"finished":{all counters},"tag":...}
  *   rate N, udp on, udp off, quiet (kernel messages), poweroff     @{"ok":true,"tag":...}
  * Unasked: {"ready":true}, {"warning":...}, {"stamp_errors":...}, {"stream_mismatch":...}, {"fatal":...}, with "id".

@@ -144,3 +144,14 @@ async def test_a_refusal_names_the_cause_and_pauses_nothing(
         (state,) = await statuses(consoles)
         assert state.ready
     assert await qsnap.snapshots("kind", place=place) == ()
+
+
+async def test_a_guest_that_has_nothing_to_do_waits(place: qsnap.Place) -> None:
+    """A turn of its loop takes long where it is emulated: many guests would take the processors from what is tested."""
+    await qsnap.up(make_vne("idle", vms=1, guest={"rate_mb": 0, "udp": 0, "tcp": 0}), place=place)
+    async with open_consoles("idle", place, 1) as consoles:
+        await wait_ready(consoles)
+        (before,) = await statuses(consoles)
+        await trio.sleep(2)
+        (after,) = await statuses(consoles)
+        assert 0 < after.ticks - before.ticks < 200
