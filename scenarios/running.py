@@ -23,10 +23,10 @@ from testbed.screen import Screen
 from testbed.shell import GuestShell, GuestShellError
 
 ENGINES = (qsnap.Engine.BACKGROUND, qsnap.Engine.PRECOPY, qsnap.Engine.RECORD)
-WORK_S = 1200.0
+WORK_S = 600.0  #: for each VM: many share few processors
 POLL_S = 0.5
 LOGS_S = 10.0
-MIXED_S = 30.0  #: beyond twice the time of all the work, for programs whose VMs do not belong together
+MIXED_S = 30.0  #: beyond twice what is left to do, for programs whose VMs do not belong together
 
 
 @frozen
@@ -198,8 +198,9 @@ class Course:
         await lab.mix("mixed", most, one, vm)
         await lab.kill()
         report = await lab.restore("mixed")
+        left_s = next(run.samples[-1].at_s for run in self.runs if run.origin == most)
         try:
-            with trio.fail_after(2 * self.runs[0].samples[-1].at_s + MIXED_S):
+            with trio.fail_after(2 * left_s + MIXED_S):
                 return await self.go_on(lab, workload, most, report.ready_ms)
         except Exception as error:  # what programs may do then has no bounds
             return _text(error)
@@ -234,7 +235,7 @@ class Course:
             samples.append(Sample(at_s, await workload.progress()))
             return samples[-1]
 
-        with self.screen.bar(title) as show, trio.fail_after(WORK_S):
+        with self.screen.bar(title) as show, trio.fail_after(WORK_S * len(self.vne.vms)):
             while min((now := await look()).done.values()) < 1:
                 show(now.mean)
                 if len(saved) < len(plan) and now.mean >= plan[len(saved)][0]:

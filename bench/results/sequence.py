@@ -154,7 +154,7 @@ how far the stream has come with them. The trace begins {BEFORE_BYTES // 1000} k
 and ends {AFTER_BYTES // 1000} kB after it, so nothing in it waits for a time to pass. *Stop and save* is `stop`,
 `migrate` without a bandwidth limit, a copy of the disks, `cont`, for both VMs side by side; all files are on tmpfs,
 which is what it gains most from. One trace of each: 0 is when the snapshot was asked for, *whole* is until the call
-has returned. With `record` and `precopy` each VM is stopped when its own memory has converged.""",
+has returned. With `record` each VM is stopped when its own memory has converged, otherwise both at once.""",
     measure,
     summarise,
     draw,

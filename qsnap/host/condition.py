@@ -15,16 +15,17 @@ from qsnap.rules.engine import Facts, can_hold
 ENDED = ("guest-panicked", "shutdown", "internal-error")  #: run states of a VM whose guest cannot go on
 
 
-async def gather_facts(qmp: Qmp, vm: LiveVM) -> Facts:
-    """Ask QEMU what it can do with this VM now."""
+async def gather_facts(qmp: Qmp, vm: LiveVM, *, running: bool) -> Facts:
+    """Ask QEMU what it can do with this VM, which is `running` or paused, now."""
+    refusal = await probe_migration(qmp)
     return Facts(
         vm=vm.vm.name,
         qemu_version=vm.qemu_version,
         accelerator=vm.accelerator,
         hugetlb=vm.hugetlb,
-        running=await is_running(qmp),
-        background_refusal=await probe_background(qmp),
-        precopy_refusal=await probe_migration(qmp),
+        running=running,
+        background_refusal=await probe_background(qmp) or refusal,
+        precopy_refusal=refusal,
         ram_blocks=len(await query_ram(qmp)),
         holds=not vm.vm.keeper and can_hold(vm.qemu_version, vm.machine_type, told=_is_told_to_hold(vm.process)),
     )

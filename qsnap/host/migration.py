@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import trio
 
-from qsnap.host.qmp import Qmp, QmpError, deadline
+from qsnap.host.qmp import Command, Qmp, QmpError, deadline
 from qsnap.host.tasks import one_error
 
 BACKGROUND_CAPABILITIES = frozenset({"background-snapshot", "events"})
@@ -22,22 +22,29 @@ CONT_RETRY_S = 5.0  #: QEMU may refuse `cont` for a few ms after a migration ("n
 
 async def set_capabilities(qmp: Qmp, wanted: frozenset[str]) -> None:
     """Set exactly these of the capabilities that qsnap uses. QEMU checks here whether it can do them."""
-    known = {each["capability"] for each in await qmp.execute("query-migrate-capabilities")} | wanted
-    states = [
-        {"capability": name, "state": name in wanted}
-        for name in sorted(known & (BACKGROUND_CAPABILITIES | HELD_CAPABILITIES))
-    ]
-    await qmp.execute("migrate-set-capabilities", {"capabilities": states})
+    await qmp.execute_all(_only(wanted, await _query_known(qmp)))
+
+
+async def _query_known(qmp: Qmp) -> frozenset[str]:
+    """The migration capabilities that this QEMU has heard of."""
+    return frozenset(each["capability"] for each in await qmp.execute("query-migrate-capabilities"))
+
+
+def _only(wanted: frozenset[str], known: frozenset[str]) -> Command:
+    """The command that sets exactly these of the capabilities that qsnap uses. QEMU refuses what it does not know."""
+    ours = wanted | known & (BACKGROUND_CAPABILITIES | HELD_CAPABILITIES)
+    states = [{"capability": name, "state": name in wanted} for name in sorted(ours)]
+    return "migrate-set-capabilities", {"capabilities": states}
 
 
 async def probe_background(qmp: Qmp) -> str:
-    """QEMU's reason not to do a background snapshot of this VM, or nothing. Changes nothing, pauses nothing."""
+    """QEMU's own reason not to do a background snapshot of this VM, or nothing. Changes nothing, pauses nothing."""
+    known = await _query_known(qmp)
     try:
-        await set_capabilities(qmp, BACKGROUND_CAPABILITIES)
+        await qmp.execute_all(_only(BACKGROUND_CAPABILITIES, known), _only(frozenset(), known))
     except QmpError as error:
         return error.reason
-    await set_capabilities(qmp, frozenset())
-    return await probe_migration(qmp)
+    return ""
 
 
 async def probe_migration(qmp: Qmp) -> str:

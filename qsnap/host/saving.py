@@ -282,12 +282,13 @@ class Saving:
         await refuse_ended(qmp)
         self.nursery.start_soon(self._watch, qmp)
         plan = await self._plan_disks(vm, qmp)
-        self.journal.add(Member(vm.vm.name, await is_running(qmp), plan))
+        running = await is_running(qmp)
+        self.journal.add(Member(vm.vm.name, running, plan))
         if vm.settings:
             await set_aside(qmp, vm.settings)
             self.sessions.push_async_callback(put_back, qmp, vm.settings)
         facts = evolve(
-            await gather_facts(qmp, vm),
+            await gather_facts(qmp, vm, running=running),
             several=self._several,
             crowded=is_crowded(len(self.live.vms), len(os.sched_getaffinity(0))),
             waits=self.order.cut is Cut.BARRIER and self._several,

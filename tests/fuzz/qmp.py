@@ -116,7 +116,7 @@ async def ask_status(place: Place, path: str) -> None:
 
 async def learn(qmp: Qmp) -> None:
     await describe(qmp, Start(ALICE, 0, ("-machine", "pc"), Accelerator.TCG, (), ()), OURSELVES, "/images")
-    await gather_facts(qmp, LIVE)
+    await gather_facts(qmp, LIVE, running=True)
 
 
 async def change_disks(qmp: Qmp) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from attrs import frozen
 
 from qsnap.errors import StateError
-from qsnap.host.disks.jobs import Report, wait_job
+from qsnap.host.disks.jobs import Report, find_jobs, wait_job
 from qsnap.host.qmp import Qmp
 from qsnap.rules.disks import LONGEST_CHAIN
 
@@ -116,13 +116,19 @@ async def tidy_disks(
 
     Raises QemuError where layers cannot be merged; the disks are then as they were.
     """
-    for disk in await read_disks(qmp, devices, directory):
-        await wait_job(qmp, disk.job, _MERGE, report)  # left to itself when its qsnap was killed or interrupted
-    for disk in await read_disks(qmp, devices, directory):
-        if len(disk.layers) >= LONGEST_CHAIN:
-            await _merge_layers(qmp, disk, report)
+    disks = await read_disks(qmp, devices, directory)
+    left = await find_jobs(qmp, [disk.job for disk in disks])  # to themselves, when their qsnap was killed
+    for job in left:
+        await wait_job(qmp, job, _MERGE, report)
+    if left:
+        disks = await read_disks(qmp, devices, directory)
+    long = [disk for disk in disks if len(disk.layers) >= LONGEST_CHAIN]
+    for disk in long:
+        await _merge_layers(qmp, disk, report)
+    if long:
+        disks = await read_disks(qmp, devices, directory)
     await _close_unused(qmp, directory)
-    return await read_disks(qmp, devices, directory)
+    return disks
 
 
 _MERGE = "merge disk layers"
@@ -139,9 +145,8 @@ async def _merge_layers(qmp: Qmp, disk: LiveDisk, report: Report | None) -> None
 
 async def _close_unused(qmp: Qmp, directory: str) -> None:
     """Close the layers that no disk consists of any more. A node holds the one below it, so the newest goes first."""
-    blocks = await qmp.execute("query-block")
+    blocks, nodes = await qmp.execute_all(("query-block", {}), ("query-named-block-nodes", {"flat": True}))
     used = {file.path for block in blocks if "inserted" in block for file in _image_files(block["inserted"]["image"])}
-    nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
     for node in sorted(nodes, key=lambda node: int(node["backing_file_depth"]), reverse=True):
         path = file_path(node["file"])
         if not node["node-name"].startswith("#") and path not in used and is_inside(path, directory):

@@ -5,7 +5,7 @@ Jobs are started with `auto-dismiss` off: one that has ended stays, with its err
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -25,6 +25,12 @@ class JobError(QemuError):
 async def find_job(qmp: Qmp, job: str) -> dict[str, Any] | None:
     """What QEMU says of a job, or None where there is none of that id."""
     return next((each for each in await qmp.execute("query-jobs") if each["id"] == job), None)
+
+
+async def find_jobs(qmp: Qmp, jobs: Sequence[str]) -> list[str]:
+    """Those of these jobs that there are."""
+    known = {each["id"] for each in await qmp.execute("query-jobs")}
+    return [job for job in jobs if job in known]
 
 
 async def wait_job(qmp: Qmp, job: str, doing: str, report: Report | None = None) -> None:
