@@ -66,7 +66,7 @@ async def test_passes_cost_next_to_nothing(tmp_path: Path) -> None:
         begun_s = trio.current_time()
         await events_of(place, [event] * 3_000, then="cont")
         took_s[kind] = trio.current_time() - begun_s
-    assert took_s["passes"] < took_s["others"] / 3
+    assert took_s["passes"] < took_s["others"] / 2
 
 
 @pytest.mark.parametrize(
