@@ -71,7 +71,7 @@ class _Client(QMPClient):
     """A client that a flood of passes does not keep from its other messages.
 
     Such an event is thrown away unread. The others are not spelt out for a log, as the base class does with each: that
-    takes ten times as long as to read them.
+    takes three times as long as to read them.
     """
 
     async def _do_recv(self) -> Message:
